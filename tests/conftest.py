@@ -1,0 +1,7 @@
+"""What all tests share: they import the chapters from the folder above."""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle threads sleep, not spin
+sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -1,0 +1,858 @@
+"""The toy world: pictures whose right caption is known, and the loop that trains on them.
+
+A scene is one or two flat things on a white unit square: a shape, a colour, a size, a relation.
+A caption says exactly that ("a small red circle above a large blue square"); what it leaves open
+(exact place, exact size, tilt, shade) varies freely. `render` draws a scene, `read` finds it again
+in any picture, with no learning in it, so that the accuracy of a caption is exact.
+
+    B pictures   N things or hypotheses   H, W pixels   x, y, r in units of the picture's side;
+    y grows downwards, like the rows of a tensor; tilt in degrees, shade in -1..1
+"""
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch: idle threads sleep, not spin
+
+import argparse
+import json
+import math
+import random
+import re
+import sys
+import time
+import zlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import clip
+import decoder
+import prior
+import unclip
+
+matplotlib.use("Agg")                             # draw into files, no window
+import matplotlib.pyplot as plt
+
+VOCABULARY = 1024                                 # tokens at most; the toy world needs about 580
+
+# ---- The world: scenes and their captions --------------------------------------------------------
+
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = {                                       # R, G, B in 0..1; a shade adds +-SHADE to all
+    "red": (0.88, 0.10, 0.12), "orange": (0.92, 0.50, 0.08), "yellow": (0.92, 0.84, 0.10),
+    "green": (0.12, 0.62, 0.20), "cyan": (0.12, 0.78, 0.86), "blue": (0.12, 0.26, 0.88),
+    "purple": (0.56, 0.14, 0.72), "black": (0.08, 0.08, 0.08)}
+SIZES = {"small": (0.120, 0.145), "large": (0.180, 0.225)}            # range of r
+MIRROR = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+HELD_OUT = {("red", "triangle"), ("yellow", "cross"), ("green", "circle"), ("purple", "square")}
+SHADE, TILT, MARGIN, GAP = 0.08, 12.0, 0.02, 0.08
+DIAGONAL = 0.6           # how far centres may differ on the other axis, as a share of this one
+# Times r: a square's half side, a triangle's inner radius, a cross's half length and half width
+SQUARE, TRIANGLE, CROSS, ARM = 0.886, 0.675, 1.10, 0.40
+AREA = math.pi, 4 * SQUARE ** 2, 27 ** 0.5 * TRIANGLE ** 2, 8 * CROSS * ARM - 4 * ARM ** 2  # r ** 2
+
+
+@dataclass(frozen=True)
+class Thing:
+    """What captions say (compared by ==), then what they leave open (not compared)."""
+    shape: str
+    colour: str
+    size: str = ""                                # "" is unstated: the caption does not say
+    x: float | None = field(default=None, compare=False)             # centre of mass, 0..1
+    y: float | None = field(default=None, compare=False)
+    r: float | None = field(default=None, compare=False)
+    tilt: float | None = field(default=None, compare=False)          # degrees, clockwise
+    shade: float | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """One thing, or two and a relation. "A above B" == "B below A": they are the same picture."""
+    things: tuple
+    relation: str = ""
+
+    def mirrored(self):
+        """The same scene, told from the other thing's side."""
+        return Scene(self.things[::-1], MIRROR[self.relation])
+
+    def canonical(self):
+        """Of the two ways to tell a scene, the one with "left of" or "above"."""
+        return self.mirrored() if self.relation in ("right of", "below") else self
+
+    def said(self):
+        """All that == compares."""
+        scene = self.canonical()
+        return scene.relation, scene.things
+
+    def __eq__(self, other):
+        return isinstance(other, Scene) and self.said() == other.said()
+
+    def __hash__(self):
+        return hash(self.said())
+
+
+def caption(scene):
+    """"a small red circle", "an orange cross left of a large black square".
+
+    Total: a scene that `read` could not make out has a caption too, which `parse` refuses, such as
+    "nothing" or "a small red blob".
+    """
+    said = [" ".join(filter(None, (t.size, t.colour, t.shape))) for t in scene.things]
+    said = [("an " if words[0] in "aeiou" else "a ") + words for words in said]
+    return f" {scene.relation or 'and'} ".join(said) or "nothing"
+
+
+def parse(text):
+    """The scene that a caption states, its open attributes None. ValueError for any other text."""
+    thing = rf"an? (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+    match = re.fullmatch(rf"{thing}(?: ({'|'.join(MIRROR)}) {thing})?", text)
+    if not match:
+        raise ValueError('expected a caption such as "a small red circle above a large blue square"'
+                         f", got {text!r}; use one or two of {', '.join(SHAPES)}, in "
+                         f"{', '.join(COLOURS)}, and {', '.join(MIRROR)}")
+    size, colour, shape, relation, size2, colour2, shape2 = match.groups(default="")
+    first, second = Thing(shape, colour, size), Thing(shape2, colour2, size2)
+    return Scene((first, second), relation) if relation else Scene((first,))
+
+
+def agrees(stated, seen):
+    """Is everything that `stated` states right in `seen`? An unstated size is free."""
+    a, b = stated.canonical(), seen.canonical()
+    return (len(a.things) == len(b.things) and a.relation == b.relation
+            and all((s.shape, s.colour) == (t.shape, t.colour) and s.size in ("", t.size)
+                    and t.size != "unclear" for s, t in zip(a.things, b.things)))
+
+
+def split(scene):
+    """"held-out" if a colour-shape pair is one that training never shows, else "train" or "test".
+
+    Sizes are not part of the hash: else training could show a test scene with its sizes unstated.
+    """
+    if any((t.colour, t.shape) in HELD_OUT for t in scene.things):
+        return "held-out"
+    scene = scene.canonical()
+    words = caption(Scene(tuple(Thing(t.shape, t.colour) for t in scene.things), scene.relation))
+    return "test" if zlib.crc32(words.encode()) % 8 == 0 else "train"
+
+
+def stated(scene):
+    """The scene as its caption states it, nothing placed."""
+    return Scene(tuple(Thing(t.shape, t.colour, t.size) for t in scene.things), scene.relation)
+
+
+def swaps(scene):
+    """Four scenes that share all words with a two-thing scene: itself; colours exchanged; relation
+    reversed; shapes exchanged. Stated, not placed. Two things alike give some scenes twice."""
+    a, b = (Thing(t.shape, t.colour, t.size) for t in scene.things)
+    return [Scene((a, b), scene.relation),
+            Scene((replace(a, colour=b.colour), replace(b, colour=a.colour)), scene.relation),
+            Scene((a, b), MIRROR[scene.relation]),
+            Scene((replace(a, shape=b.shape), replace(b, shape=a.shape)), scene.relation)]
+
+
+# ---- From a caption to a place for everything ----------------------------------------------------
+
+def random_scene(rng, two=None, part=None, unstated=0.15):
+    """A random scene, placed. rng: random.Random; part: "train", "test", "held-out" or any (None).
+
+    Two things with probability 0.7 unless `two` says so; each size is unstated with probability
+    `unstated` (about a quarter of the captions leave one open).
+    """
+    while True:
+        both = rng.random() < 0.7 if two is None else two
+        things = tuple(Thing(rng.choice(SHAPES), rng.choice(tuple(COLOURS)),
+                             "" if rng.random() < unstated else rng.choice(tuple(SIZES)))
+                       for _ in range(1 + both))
+        scene = Scene(things, rng.choice(tuple(MIRROR)) if both else "")
+        if part is None or split(scene) == part:
+            return place(scene, rng)
+
+
+def reach(shape, r, tilt):
+    """How far a shape extends from its centre: ((left, right), (up, down)), each positive."""
+    c, s = math.cos(math.radians(tilt)), abs(math.sin(math.radians(tilt)))
+    if shape == "triangle":
+        corners = [math.radians(tilt + a) for a in (-90, 30, 150)]
+        xs = [2 * TRIANGLE * r * math.cos(a) for a in corners]
+        ys = [2 * TRIANGLE * r * math.sin(a) for a in corners]
+        return (-min(xs), max(xs)), (-min(ys), max(ys))
+    half = r * {"circle": 1, "square": SQUARE * (c + s), "cross": CROSS * c + ARM * s}[shape]
+    return (half, half), (half, half)
+
+
+def place(scene, rng):
+    """Draw what the caption leaves open: things inside the picture, apart, the relation plain.
+
+    Bounding boxes keep MARGIN from the rim, and GAP from each other along the relation's axis;
+    the centres differ on the other axis by at most DIAGONAL of their distance along it.
+    """
+    if scene.relation in ("right of", "below"):
+        return place(scene.mirrored(), rng).mirrored()
+    while True:                                   # draw again if too large together, or diagonal
+        things = [replace(t, r=rng.uniform(*SIZES[t.size or rng.choice(tuple(SIZES))]),
+                          tilt=rng.uniform(-TILT, TILT), shade=rng.uniform(-1, 1))
+                  for t in scene.things]
+        boxes = [reach(t.shape, t.r, t.tilt) for t in things]
+        at = [[rng.uniform(MARGIN + before, 1 - MARGIN - after) for before, after in box]
+              for box in boxes]                   # [thing][0: x, 1: y]
+        if len(things) == 2:
+            main = int(scene.relation == "above")                    # the relation's axis
+            (before, after), (before2, after2) = boxes[0][main], boxes[1][main]
+            apart = after + GAP + before2                            # least distance of the centres
+            slack = 1 - 2 * MARGIN - before - apart - after2
+            a, b = sorted((slack * rng.random(), slack * rng.random()))
+            at[0][main], at[1][main] = MARGIN + before + a, MARGIN + before + b + apart
+            if slack < 0 or abs(at[1][1 - main] - at[0][1 - main]) > DIAGONAL * (b + apart - a):
+                continue
+        return Scene(tuple(replace(t, x=x, y=y) for t, (x, y) in zip(things, at)), scene.relation)
+
+
+# ---- Scene -> pixels -----------------------------------------------------------------------------
+
+def render(scene, size):
+    """One placed scene -> (3, size, size) in [-1, 1]."""
+    return render_many([scene], size)[0]
+
+
+def render_many(scenes, size):
+    """Placed scenes -> (B, 3, size, size) in [-1, 1].
+
+    Below 64 px it draws at 64 px and averages, so a 16 px picture is the 64 px one made smaller.
+    Things never overlap: a picture is white minus, for each thing, coverage * (white - colour).
+    """
+    things = [t for scene in scenes for t in scene.things]
+    picture = torch.tensor([i for i, scene in enumerate(scenes) for _ in scene.things])
+    numbers = torch.tensor([(SHAPES.index(t.shape), t.x, t.y, t.r, t.tilt) for t in things])
+    cover = coverage(*numbers.T, max(size, 64))                           # (N, H, W)
+    if size < 64:
+        cover = F.interpolate(cover[:, None], (size, size), mode="area")[:, 0]
+    ink = torch.tensor([[1 - c - SHADE * t.shade for c in COLOURS[t.colour]] for t in things])
+    drawn = -2 * ink[:, :, None, None] * cover[:, None]                   # (N, 3, H, W)
+    return torch.ones(len(scenes), 3, size, size).index_add_(0, picture, drawn)
+
+
+def coverage(shape, x, y, r, tilt, size):
+    """How much of each pixel a thing covers:  clamp(1/2 - signed distance in pixels).
+
+    index into SHAPES, x, y, r, tilt: (N,) each  ->  (N, size, size) in 0..1
+    """
+    centre = (torch.arange(size) + 0.5) / size
+    cos, sin = tilt.deg2rad().cos()[:, None], tilt.deg2rad().sin()[:, None]
+    dx, dy = centre - x[:, None], centre - y[:, None]                     # (N, W), (N, H)
+    u = (cos * dx)[:, None, :] + (sin * dy)[:, :, None]                   # (N, H, W)  turned back
+    v = (cos * dy)[:, :, None] - (sin * dx)[:, None, :]                   # (N, H, W)
+    away = torch.empty_like(u)
+    for i, name in enumerate(SHAPES):
+        n = (shape == i).nonzero()[:, 0]
+        away[n] = distance(name, u[n], v[n], r[n, None, None])
+    return (0.5 - size * away).clamp_(0, 1)
+
+
+def distance(shape, u, v, r):
+    """Signed distance from (u, v) to an upright shape around (0, 0); negative inside.
+
+    For the straight shapes to the nearest side's whole line, so corners stay sharp.
+    """
+    if shape == "circle":
+        return (u * u + v * v).sqrt() - r
+    if shape == "triangle":                                               # three half planes
+        return torch.maximum(v, 0.75 ** 0.5 * u.abs() - 0.5 * v) - TRIANGLE * r
+    long, short = torch.maximum(u.abs(), v.abs()), torch.minimum(u.abs(), v.abs())
+    if shape == "square":
+        return long - SQUARE * r
+    return torch.maximum(long - CROSS * r, short - ARM * r)
+
+
+# ---- Pixels -> scene -----------------------------------------------------------------------------
+
+INK, SPECK, UNEXPLAINED = 0.45, 0.008, 0.10       # limits: ink of a pixel, area, energy of a fit
+MOVES = torch.cat([torch.zeros(1, 4), torch.eye(4), -torch.eye(4)])       # (9, 4) of x, y, r, tilt
+
+
+def read(image):
+    """The scene in a picture (3, S, S) in [-1, 1], S >= 16; no learning, exact on clean pictures.
+
+    Find the connected patches of ink (ink = white - pixel), ignore specks, fit every shape to every
+    patch and take the one that leaves least unexplained. What is no scene is reported as it is and
+    agrees with no caption: no things or more than two; a shape called "blob"; a colour or size
+    called "unclear"; two things "beside" one another when they lie on a diagonal.
+    """
+    if image.ndim != 3 or image.shape[0] != 3 or not image.shape[1] == image.shape[2] >= 16:
+        raise ValueError(f"expected a square picture (3, S, S), S >= 16, got {tuple(image.shape)}; "
+                         "crop or resize it")
+    if image.max() > 2:
+        raise ValueError(f"expected pixels in [-1, 1], got {image.max():g}; divide 0..255 by 127.5 "
+                         "and subtract 1")
+    size = 32 if image.shape[1] >= 32 else 16
+    ink = F.interpolate((1 - image.detach().float().cpu()[None]) / 2, (size, size), mode="area")[0]
+    patch = patches(ink.amax(0) > INK)                                    # (N, H, W) bool
+    things = tuple(fit(ink, patch)) if len(patch) else ()
+    if len(things) != 2:
+        return Scene(things)
+    across, down = things[1].x - things[0].x, things[1].y - things[0].y
+    if 0.8 < abs(across) / (abs(down) + 1e-6) < 1 / 0.8:
+        return Scene(things, "beside")
+    axis = ("left of", "right of") if abs(across) > abs(down) else ("above", "below")
+    return Scene(things, axis[across + down < 0]).canonical()             # the longer one decides
+
+
+def spread(label):
+    """(H, W): each pixel takes the largest number among its own and its eight neighbours'."""
+    return F.max_pool2d(label[None], kernel_size=3, stride=1, padding=1)[0]
+
+
+def patches(mask):
+    """(H, W) bool -> (N, H, W) bool: a layer for all pixels that hang together; specks left out."""
+    label = torch.arange(1.0, 1 + mask.numel()).view_as(mask) * mask      # all numbers differ
+    while True:                                                           # the largest floods
+        flooded = spread(label) * mask
+        if torch.equal(flooded, label):
+            break
+        label = flooded
+    patch = label == label[mask].unique()[:, None, None]
+    return patch[patch.float().mean((1, 2)) > SPECK]
+
+
+def grow(patch):
+    """(N, H, W) bool -> the same, grown by 1/8 of the picture, but never into another patch."""
+    number = torch.arange(1.0, 1 + len(patch))[:, None, None]
+    label = (number * patch).sum(0)
+    for _ in range(len(label) // 8):
+        label = torch.where(label > 0, label, spread(label))
+    return label == number
+
+
+def fit(ink, patch):
+    """Least squares over shape, place, size, tilt, colour.   (3, H, W), (N, H, W) -> N Things.
+
+    For a coverage a the best ink colour is  d = <a, ink> / <a, a>;  it explains  <a, a> |d|^2  of
+    the energy |ink|^2. The rest is a compass search, for each shape on its own: try a step each way
+    in x, y, r and tilt; go to the best of them, or halve the steps where staying is best.
+    """
+    around, patch = grow(patch).float(), patch.float()
+    N, size = len(patch), patch.shape[1]
+    centre = (torch.arange(size) + 0.5) / size
+    mass = patch.sum((1, 2))                                              # (N,)
+    start = torch.stack([patch.sum(1) @ centre / mass, patch.sum(2) @ centre / mass,
+                         mass.sqrt() / size, 0 * mass], 1)                # (N, 4) of x, y, r, tilt
+    at = start[:, None].repeat(1, 4, 1)                                   # (N, 4, 4), a row a shape
+    at[:, :, 2] /= torch.tensor(AREA) ** 0.5
+    step = torch.tensor([0.02, 0.02, 0.02, 8.0]).expand(N, 4, 4)
+    for _ in range(10):
+        trial = at[:, :, None] + step[:, :, None] * MOVES                 # (N, 4, 9, 4)
+        trial[..., 3].clamp_(-1.5 * TILT, 1.5 * TILT)                     # else a square on its tip
+        d, explained = explain(ink, around, trial)
+        best = explained.argmax(2)[:, :, None, None]                      # (N, 4, 1, 1) of 9 moves
+        at = trial.gather(2, best.expand(N, 4, 1, 4))[:, :, 0]
+        step = step * torch.where(best[:, :, 0] == 0, 0.5, 1.0)
+    energy = (around * ink.square().sum(0)).sum((1, 2))                   # (N,)
+    lost = 1 - explained.amax(2) / energy[:, None]                        # (N, 4)
+    d = d.gather(2, best.expand(N, 4, 1, 3))[:, :, 0]                     # (N, 4, 3)
+    shape = lost.argmin(1)                                                # (N,)
+    return [in_words(i, lost[n, i], 1 - d[n, i], *at[n, i].tolist()) for n, i in enumerate(shape)]
+
+
+def explain(ink, around, trial):
+    """Hypotheses of x, y, r, tilt (N, 4, 9, 4) -> inks d (N, 4, 9, 3), energies (N, 4, 9)."""
+    N, size = len(trial), ink.shape[1]
+    shape = torch.arange(4)[None, :, None].expand(N, 4, 9)
+    a = coverage(shape.flatten(), *trial.flatten(0, 2).T, 32)             # (36 N, 32, 32)
+    a = F.avg_pool2d(a, 2) if size == 16 else a                           # (36 N, H, W)
+    a = (a.unflatten(0, (N, 36)) * around[:, None]).flatten(2)            # (N, 36, H W)
+    power = a.square().sum(2, keepdim=True).clamp(min=1e-6)               # (N, 36, 1)
+    d = a @ ink.flatten(1).T / power                                      # (N, 36, 3)
+    explained = (d * d * power).sum(2)                                    # (N, 36)
+    return d.unflatten(1, (4, 9)), explained.unflatten(1, (4, 9))
+
+
+def in_words(shape, lost, rgb, x, y, r, tilt):
+    """A fit -> a Thing; "blob" or "unclear" for what is not of this world."""
+    off = rgb - torch.tensor(list(COLOURS.values()))                      # (8, 3)
+    shade = (off.mean(1) / SHADE).clamp(-2, 2)                            # (8,)
+    off = (off - SHADE * shade[:, None]).norm(dim=1)                      # (8,) distance to a shade
+    c, half_gap = int(off.argmin()), (SIZES["large"][0] - SIZES["small"][1]) / 2
+    size = [s for s, (low, high) in SIZES.items() if low - half_gap < r < high + half_gap]
+    return Thing(SHAPES[shape] if lost < UNEXPLAINED else "blob",
+                 list(COLOURS)[c] if off[c] < 0.16 else "unclear",
+                 size[0] if size else "unclear", x, y, r, tilt, shade[c].item())
+
+
+# ---- Pictures and captions to train on -----------------------------------------------------------
+
+def edits(scene, rng):
+    """A stated scene -> another that differs in one respect. For two things: colours exchanged,
+    shapes exchanged, relation reversed, relation turned, a shape or a size changed; for one thing:
+    shape, colour or size changed."""
+    things = list(stated(scene).things)
+    if len(things) == 2 and rng.random() < 4 / 6:
+        same, colours, reverse, shapes = swaps(scene)
+        turned = rng.choice(("above", "below") if scene.relation in ("left of", "right of")
+                            else ("left of", "right of"))
+        return rng.choice((colours, reverse, shapes, Scene(same.things, turned)))
+    i = rng.randrange(len(things))
+    t = things[i]
+    things[i] = rng.choice((
+        replace(t, shape=rng.choice([s for s in SHAPES if s != t.shape])),
+        replace(t, size="large" if t.size == "small" else "small"),
+        *[replace(t, colour=rng.choice([c for c in COLOURS if c != t.colour]))] * (2 - len(things))))
+    return Scene(tuple(things), scene.relation)
+
+
+def rivals(rng, two):
+    """Four placed training scenes that differ in one respect from the first; half of the one-thing
+    groups show all four shapes.
+
+    What shares a batch decides what CLIP learns: only beside "a blue circle above a red square"
+    must it know in "a red circle above a blue square" which of the two is red.
+    """
+    first = random_scene(rng, two=two, part="train")
+    others = []
+    if not two and rng.random() < 0.5:
+        others = [Scene((replace(first.things[0], shape=s),)) for s in SHAPES
+                  if s != first.things[0].shape]
+    for _ in range(30):                           # some scenes have few neighbours in training
+        others = [s for s in others if split(s) == "train"]
+        if len(others) == 3:
+            break
+        new = edits(first, rng)
+        others += [new] if new != first and new not in others else []
+    others += [first] * (3 - len(others))
+    return [first] + [place(s, rng) for s in others]
+
+
+class World:
+    """Scenes of the toy world as a training set: groups of four rivals, easy ones (one thing) first."""
+    group, easy = 4, 0.3
+
+    def __init__(self, groups, seed=0):
+        rng = random.Random(seed)
+        self.scenes = [scene for i in range(groups)
+                       for scene in rivals(rng, two=i >= self.easy * groups)]
+        self.captions = [caption(scene) for scene in self.scenes]
+
+    def pictures(self, rows, size):
+        """rows, a list of indices -> (B, 3, size, size) in [-1, 1]."""
+        return render_many([self.scenes[i] for i in rows], size)
+
+
+class Folder:
+    """The user's own pictures: NAME.png or NAME.jpg beside NAME.txt, of any size.
+
+    Resized and centre-cropped to the size asked for; unreadable pairs are skipped and counted.
+    ValueError if none is left.
+    """
+    group, easy = 1, 1.0
+
+    def __init__(self, folder):
+        pictures = [p for p in sorted(Path(folder).glob("*"))
+                    if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
+        self.paths, self.captions = [], []
+        for path in pictures:
+            try:
+                clip.preprocess(path, 8)
+                words = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+            except (OSError, ValueError):
+                continue
+            if words:
+                self.paths.append(path)
+                self.captions.append(words)
+        if not self.paths:
+            raise ValueError(f"expected NAME.png or NAME.jpg beside NAME.txt in {folder}, found "
+                             f"{len(pictures)} pictures and no readable pair; add captions")
+        print(f"{len(self.paths)} captioned pictures in {folder}, "
+              f"{len(pictures) - len(self.paths)} skipped")
+
+    def pictures(self, rows, size):
+        """rows, a list of indices -> (B, 3, size, size) in [-1, 1]."""
+        return torch.stack([clip.preprocess(self.paths[i], size) for i in rows])
+
+
+class Data:
+    """A source of pictures and captions, with what is computed from it once.
+
+    pictures   (N, 3, S, S) uint8, S the side that CLIP wants, a multiple of the decoder's
+    tokens, mask (N, L);  ids (N,) equal for equal captions;  z_i, z_t (N, D), see `embed`
+    """
+
+    def __init__(self, source, model):
+        self.source, self.device, self.size = source, model.device, model.config.clip.image_size
+        self.tokens = model.tokenizer(source.captions, model.config.clip.context)
+        self.mask = clip.token_mask(self.tokens, model.tokenizer.end)
+        number = {text: i for i, text in enumerate(dict.fromkeys(source.captions))}
+        self.ids = torch.tensor([number[text] for text in source.captions])
+        self.pictures = torch.cat([((source.pictures(rows.tolist(), self.size) + 1) * 127.5).round()
+                                   .byte() for rows in self.chunks("drawing pictures")])
+
+    def chunks(self, what):
+        """All rows, 500 at a time, with a progress bar."""
+        return tqdm(torch.arange(len(self.tokens)).split(500), desc=what, leave=False)
+
+    @torch.no_grad()
+    def embed(self, model):
+        """Once CLIP is trained: what it makes of every picture and caption."""
+        self.z_i = torch.cat([model.encode_image(self.small(rows, self.size))
+                              for rows in self.chunks("embedding pictures")])
+        self.z_t = torch.cat([model.encode_text(self.tokens[rows].to(self.device))[0]
+                              for rows in self.chunks("embedding captions")])
+
+    def rivals(self, n, share=1.0):
+        """About n random rows, (n,), in whole groups, of the first `share` of the groups."""
+        g = self.source.group
+        first = torch.randint(max(1, int(share * len(self.tokens)) // g), (n // g,)) * g
+        return (first[:, None] + torch.arange(g)).flatten()
+
+    def small(self, rows, size):
+        """Pictures at CLIP's or the decoder's size: (B, 3, size, size) in [-1, 1]."""
+        return decoder.shrink(self.pictures[rows].to(self.device).float() / 127.5 - 1, size)
+
+    def text(self, rows):
+        """-> clip.Text, without CLIP's hidden states."""
+        return clip.Text(*(x.to(self.device) for x in (self.tokens[rows], self.mask[rows],
+                                                       self.z_t[rows], torch.zeros(len(rows), 0))))
+
+
+# ---- Training: one loop for all ------------------------------------------------------------------
+
+@dataclass
+class Stage:
+    """How one part is trained: a warm-up, then a cosine to zero.
+
+    Adam with decoupled weight decay (not on gains, biases and embeddings), as in the paper. With
+    `muon` the matrices of Transformer blocks are moved by Muon (torch.optim.Muon) at that learning
+    rate instead: on so short a run it needs half as many steps.
+    """
+    steps: int
+    batch: int
+    lr: float
+    muon: float = 0.0
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    ema: float = 0.0                              # decay of the averaged weights; 0: none (CLIP)
+
+
+STAGES = {
+    "clip": Stage(steps=1500, batch=64, lr=1e-3, muon=5e-3, weight_decay=0.1, beta2=0.98),
+    "diffusion_prior": Stage(steps=1200, batch=128, lr=1e-3, muon=3e-3, weight_decay=0.06,
+                             beta2=0.96, ema=0.99),
+    "ar_prior": Stage(steps=600, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.04, beta2=0.96,
+                      ema=0.99),
+    "decoder": Stage(steps=3000, batch=32, lr=1e-3, ema=0.995),
+    "upsampler1": Stage(steps=500, batch=64, lr=1e-3, ema=0.99),
+    "upsampler2": Stage(steps=300, batch=32, lr=1e-3, ema=0.99),
+}
+
+
+def optimizers(model, stage):
+    """-> a list of optimisers; each of their groups holds its learning rate at full height, "peak"."""
+    matrices = [w for key, w in model.named_parameters()
+                if stage.muon and w.ndim == 2 and "blocks." in key]
+    temperature = [w for key, w in model.named_parameters() if key == "logit_scale"]
+    rest = [w for w in model.parameters() if all(w is not v for v in [*matrices, *temperature])]
+    groups = [{"params": [w for w in rest if w.ndim > 1], "peak": stage.lr},
+              {"params": [w for w in rest if w.ndim <= 1], "peak": stage.lr, "weight_decay": 0.0},
+              {"params": temperature, "peak": 10 * stage.lr, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, stage.beta2),
+                             weight_decay=stage.weight_decay, fused=True)
+    if not matrices:
+        return [adam]
+    muon = torch.optim.Muon([{"params": matrices, "peak": stage.muon}], adjust_lr_fn="match_rms_adamw",
+                            weight_decay=stage.weight_decay)
+    return [adam, muon]
+
+
+def batch_loss(name, model, data, batch, progress):
+    """Draw a batch for one part of the stack -> its mean loss. All draws come from torch's seed."""
+    if name == "clip":
+        rows = data.rivals(batch, data.source.easy if progress < 0.1 else 1.0)
+        tokens = data.tokens[rows, :data.mask[rows].sum(1).max()].to(data.device)
+        z_i, z_t = model.encode_image(data.small(rows, data.size)), model.encode_text(tokens)[0]
+        return clip.clip_loss(clip.unit(z_i), clip.unit(z_t), model.scale(),
+                              data.ids[rows].to(data.device))
+    if name.startswith("upsampler"):
+        size = model.config.unet.size
+        crops = 4 if size > 64 else 1             # of each picture: large ones take long to draw
+        rows = torch.randint(len(data.tokens), (batch // crops,))
+        high = data.source.pictures(rows.tolist(), size).to(data.device)
+        return model.loss(*model.prepare(high, crops)).mean()
+    rows = torch.randint(len(data.tokens), (batch,))
+    z_i, text = clip.unit(data.z_i[rows]), data.text(rows)
+    if name == "decoder":
+        return model.loss(data.small(rows, model.config.unet.size), z_i, text).mean()
+    return model.loss(z_i, text).mean()
+
+
+def expectation(name, model, data, batch):
+    """What to expect of the loss, a line of text."""
+    if name == "clip":
+        same = data.ids[data.rivals(batch)]
+        floor = (same[:, None] == same[None, :]).sum(1).log().mean()
+        return f"from log({batch}) = {math.log(batch):.2f}; equal captions put the floor at {floor:.2f}"
+    if name == "diffusion_prior":
+        return "0.289 (17.2^2 / 1024) is what predicting 0 gives"
+    if name == "ar_prior":
+        return f"from log({model.config.buckets}) = {math.log(model.config.buckets):.2f}, a guess"
+    return "1 is what predicting no noise gives; the variational bound comes on top"
+
+
+def train(name, stage, model, data, seed, state, save):
+    """Train one part. `state`, {} or a saved one, holds all that changes; save() is called at times.
+
+    Every step seeds torch anew, so a run that was stopped draws what it would have drawn.
+    -> the model with averaged weights.   FloatingPointError at a loss that is not finite.
+    """
+    model.train()
+    weights, opts = list(model.parameters()), optimizers(model, stage)
+    if state:
+        model.load_state_dict(state["model"])
+        for opt, saved in zip(opts, state["opts"]):
+            opt.load_state_dict(saved)
+    else:
+        state.update(step=0, losses=[], seconds=0.0, ema=[w.detach().clone() for w in weights])
+    warmup, start, saved = 1 + min(50, stage.steps // 5), time.monotonic(), time.monotonic()
+    before = state["seconds"]
+    bar = tqdm(range(state["step"], stage.steps), initial=state["step"], total=stage.steps, desc=name)
+    for step in bar:
+        torch.manual_seed(seed * 1_000_003 + step)
+        height = min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / stage.steps))
+        for group in (g for opt in opts for g in opt.param_groups):
+            group["lr"] = height * group["peak"]
+        loss = batch_loss(name, model, data, stage.batch, step / stage.steps)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        for opt in opts:
+            opt.step()
+        torch._foreach_lerp_(state["ema"], [w.detach() for w in weights],
+                             1 - min(stage.ema, (1 + step) / (10 + step)))
+        state["step"] = step + 1
+        state["losses"].append(loss.item())
+        # ---- only reporting from here ----
+        if not math.isfinite(state["losses"][-1]):
+            raise FloatingPointError(f"the loss of {name} is {state['losses'][-1]} at step {step}; "
+                                     "try a smaller learning rate (STAGES), or another --seed")
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{np.mean(state['losses'][-100:]):.4f}")
+        if time.monotonic() - saved > 20:
+            state.update(model=model.state_dict(), opts=[opt.state_dict() for opt in opts],
+                         seconds=before + time.monotonic() - start)
+            save()
+            saved = time.monotonic()
+    state["seconds"] = before + time.monotonic() - start
+    with torch.no_grad():
+        for w, average in zip(weights, state["ema"]):
+            w.copy_(average)
+    return model.eval()
+
+
+def run(args):
+    """Train the stack, part after part, into the folder args.out; or go on where a run stopped."""
+    out, file = Path(args.out), Path(args.out) / "state.pt"
+    about = {"seed": args.seed, "steps_scale": args.steps_scale, "data": args.data or "",
+             "groups": args.groups}
+    state = {"format": "unclip run 1", "about": about, "done": {}, "current": {}, "losses": {},
+             "seconds": {}}
+    if args.resume:
+        state = unclip.read_checkpoint(file, "unclip run 1")
+        if state["about"] != about:
+            raise ValueError(f"{file} is of a run with {state['about']}, got {about}; resume with "
+                             "the settings it began with, or choose another --out")
+    elif file.exists():
+        raise ValueError(f"{out} holds a run already; go on with --resume, or choose another --out")
+    model, data = set_up(args)
+    for number, (name, stage) in enumerate(STAGES.items()):
+        stage = replace(stage, steps=max(2, round(stage.steps * args.steps_scale)))
+        if args.only and name not in (*args.only, "clip"):
+            model.parts[name] = None
+            continue
+        part = make_part(name, model, data, args.seed + number)
+        if name in state["done"]:
+            part.load_state_dict(state["done"][name])
+            part.eval()
+        else:
+            print(f"{name}: {sum(w.numel() for w in part.parameters()) / 1e6:.2f} M parameters, "
+                  f"{stage.steps} steps of {stage.batch}; loss {expectation(name, part, data, stage.batch)}")
+            train(name, stage, part, data, args.seed, state["current"],
+                  save=lambda: unclip.save_atomically(state, file))
+            if name == "diffusion_prior":
+                rows = torch.arange(len(data.tokens))[::max(1, len(data.tokens) // 500)]
+                part.fit_variance(data.z_i[rows], data.text(rows))
+            state["done"][name] = part.state_dict()
+            state["losses"][name], state["seconds"][name] = (state["current"].pop(k)
+                                                             for k in ("losses", "seconds"))
+            state["current"] = {}
+            unclip.save_atomically(state, file)
+            draw_losses(state["losses"], out / "losses.png")
+        model.parts[name] = part
+        if name == "clip":
+            data.embed(part)
+        elif name in ("decoder", "upsampler1", "upsampler2"):
+            draw_samples(model, data, out / f"{name}.png")
+    model.save(out / "toy.pt", dtype=torch.half)
+    print(f"trained in {sum(state['seconds'].values()) / 60:.1f} minutes ("
+          + ", ".join(f"{k} {v:.0f} s" for k, v in state["seconds"].items()) + f"): {out / 'toy.pt'}")
+
+
+def set_up(args):
+    """-> an UnCLIP without parts but with tokenizer and sizes that fit the captions, and the Data."""
+    source = Folder(args.data) if args.data else World(args.groups, args.seed)
+    model = unclip.build("toy", device=unclip.pick_device(args.device))
+    model.tokenizer = clip.Tokenizer.train(source.captions, VOCABULARY)
+    model.words = sorted({word for text in source.captions
+                          for word in clip.split_words(clip.clean(text))})
+    for name in ("clip", "diffusion_prior", "ar_prior", "decoder"):
+        getattr(model.config, name).vocab_size = len(model.tokenizer)
+    return model, Data(source, model)
+
+
+def make_part(name, model, data, seed):
+    """A fresh part, with what it takes from the data before any training."""
+    torch.manual_seed(seed)
+    config = getattr(model.config, name)
+    if name == "ar_prior":
+        config.components = prior.principal_components(data.z_i)[1].shape[1]
+    part = unclip.PARTS[name](config).to(data.device)
+    if name == "ar_prior":
+        part.fit(data.z_i, data.z_t)
+    return part
+
+
+# ---- Looking at it -------------------------------------------------------------------------------
+
+def draw_losses(losses, path):
+    """One small chart for each part: the loss, smoothed over 1 % of the steps."""
+    figure, axes = plt.subplots(1, len(losses), figsize=(3 * len(losses), 2.4), squeeze=False)
+    for axis, (name, values) in zip(axes[0], losses.items()):
+        n = max(1, len(values) // 100)
+        axis.plot(np.arange(n - 1, len(values)), np.convolve(values, np.ones(n) / n, "valid"))
+        axis.set(title=name, xlabel="step", yscale="log")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_samples(model, data, path):
+    """Eight captions of the data drawn by what is trained so far, the true z_i in the prior's place."""
+    rows = torch.arange(len(data.tokens))[::max(1, len(data.tokens) // 8)][:8]
+    pictures = model.draw(clip.unit(data.z_i[rows]), data.text(rows),
+                          generator=torch.Generator().manual_seed(0))
+    unclip.save_grid(F.interpolate(pictures, 256, mode="nearest"), path, columns=4)
+
+
+# ---- Is it any good? -----------------------------------------------------------------------------
+
+def frechet(a, b):
+    """Frechet distance of two clouds of embeddings, each taken as a Gaussian: (N, D), (M, D) -> >= 0.
+
+        |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))        the F of FID
+    """
+    a, b = a.double(), b.double()
+    power, basis = torch.linalg.eigh(a.T.cov())
+    root = basis * power.clamp(min=0).sqrt() @ basis.T                    # cov_a^(1/2)
+    cross = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace()
+                 - 2 * cross)
+
+
+WAYS = ("diffusion prior", "AR prior", "true image embedding", "text embedding in its place",
+        "caption alone")
+
+
+def embeddings(model, text, pictures, way, generator):
+    """The image embedding that the decoder is given, (B, D), in one of WAYS (the paper's fig. 8)."""
+    if way.endswith("prior"):
+        return model.embed(text, which=way.split()[0].lower(), generator=generator)
+    return {"true image embedding": clip.unit(model.encode_image(pictures)),
+            "text embedding in its place": clip.unit(text.z_t),
+            "caption alone": torch.zeros_like(text.z_t)}[way]
+
+
+def evaluate(args):
+    """Draw captions that training never showed, in every way of WAYS, and read the pictures.
+
+    Accuracy: every stated attribute right, by the exact reader, at full size. Frechet distance: of
+    CLIP's embeddings of what was drawn to those of true pictures of the captions. Diversity: how
+    far apart two drawings of one caption are at the decoder's size, over that of two true pictures.
+    """
+    model, n = unclip.load(args.weights, unclip.pick_device(args.device)), args.captions
+    rng, start = random.Random(args.seed), time.monotonic()
+    sets = {"one thing": [random_scene(rng, two=False, part="test") for _ in range(2 * n // 5)],
+            "two things": [random_scene(rng, two=True, part="test") for _ in range(n - 2 * n // 5)],
+            "held-out pairs": [random_scene(rng, part="held-out") for _ in range(2 * n // 5)]}
+    scenes, table = [scene for part in sets.values() for scene in part], []
+    true = render_many(scenes, model.sizes[-1])
+    small = [decoder.shrink(render_many([place(stated(s), rng) for s in scenes], 64), model.sizes[0])
+             for _ in range(2)]
+    for way in args.ways or WAYS:
+        generator, seen, drawn, twice = torch.Generator().manual_seed(args.seed), [], [], []
+        for i in tqdm(range(0, len(scenes), 20), desc=way, leave=False):
+            text = model.encode_text([caption(scene) for scene in scenes[i:i + 20]])
+            z_i, again = (embeddings(model, text, true[i:i + 20], way, generator) for _ in range(2))
+            pictures = model.draw(z_i, text, generator=generator)
+            seen += [agrees(a, read(b)) for a, b in zip(scenes[i:i + 20], pictures)]
+            drawn.append(model.encode_image(pictures))
+            if i < 100:
+                other = model.draw(again, text, upsampler_steps=(), generator=generator)
+                twice.append((decoder.shrink(pictures, model.sizes[0]) - other).square().mean((1, 2, 3)))
+        row, seen = {"way": way}, iter(seen)
+        for name, part in sets.items():
+            row[name] = float(np.mean([next(seen) for _ in part]))
+        row["Frechet distance"] = frechet(clip.unit(torch.cat(drawn)), clip.unit(model.encode_image(true)))
+        row["diversity"] = float(torch.cat(twice).mean() / (small[0] - small[1])[:100].square().mean())
+        table.append(row)
+        print("  ".join(f"{k}: {v}" if k == "way" else f"{k} {v:.3f}" for k, v in row.items()), flush=True)
+    counts = ", ".join(f"{len(part)} {name}" for name, part in sets.items())
+    print(f"{counts}; {time.monotonic() - start:.0f} s")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"captions": counts, "rows": table}, indent=1) + "\n")
+
+
+def run_read(args):
+    picture = clip.read_picture(args.picture)
+    print(caption(read(clip.preprocess(picture, min(picture.size)))))
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    if argv[:1] == ["read"]:
+        parser = argparse.ArgumentParser("train_toy.py read", description="Say what is in a picture of "
+                                         "the toy world.", allow_abbrev=False)
+        parser.add_argument("picture")
+        parser.set_defaults(run=run_read)
+    elif argv[:1] == ["evaluate"]:
+        parser = argparse.ArgumentParser("train_toy.py evaluate", description=evaluate.__doc__,
+                                         formatter_class=formatter, allow_abbrev=False)
+        parser.add_argument("--weights", default=str(unclip.HERE / "weights/toy.pt"), metavar="PATH")
+        parser.add_argument("--captions", type=unclip.positive, default=500, metavar="N")
+        parser.add_argument("--ways", nargs="+", choices=WAYS, help="(default: all)")
+        parser.add_argument("--json", metavar="PATH", help="write the table there too")
+        parser.set_defaults(run=evaluate)
+    else:
+        parser = argparse.ArgumentParser("train_toy.py", description="Train the whole stack.",
+                                         epilog="Also: train_toy.py read PICTURE, train_toy.py evaluate",
+                                         formatter_class=formatter, allow_abbrev=False)
+        parser.add_argument("--data", metavar="FOLDER", help="your pictures, NAME.png or NAME.jpg "
+                            "beside NAME.txt (default: the toy world)")
+        parser.add_argument("--out", default="runs/toy", metavar="FOLDER", help="where to write")
+        parser.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
+        parser.add_argument("--only", nargs="+", choices=STAGES, help="train these parts (and CLIP) only")
+        parser.add_argument("--steps-scale", type=float, default=1.0, metavar="X",
+                            help="all numbers of steps times this")
+        parser.add_argument("--groups", type=unclip.positive, default=10_000, metavar="N",
+                            help="groups of four scenes in the toy world's training set")
+        parser.set_defaults(run=run)
+    if argv[:1] != ["read"]:
+        parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
+        parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv[1:] if argv[:1] in (["read"], ["evaluate"]) else argv)
+    unclip.stop_on_error(args.run, args)
+
+
+if __name__ == "__main__":
+    main()
