@@ -38,6 +38,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+import diffusion
+
 # ---------------------------------------------------------------- text -> tokens
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 48_894                                    # OpenAI's file goes on, CLIP stops reading here
@@ -435,15 +437,26 @@ class CLIPConfig:
     pixel_std: tuple = PIXEL_STD    # and divides by
 
 
+def waves(rows, columns, width):
+    """Places on a grid as sinusoids, half the width for the row, half for the column.
+
+    -> (rows * columns, width). Positions are learned, but start here: near places are alike at
+    once, and a small CLIP finds left and right. (CLIP's start is noise, std 0.01.)
+    """
+    down, across = (diffusion.sinusoid(torch.arange(n), width // 2) for n in (rows, columns))
+    grid = [down[:, None].expand(-1, columns, -1), across[None].expand(rows, -1, -1)]
+    return torch.cat(grid, dim=2).flatten(0, 1)
+
+
 class ImageEncoder(nn.Module):
     """A Vision Transformer: the picture as a row of patches, read out at a class token. sec. 2.4"""
 
     def __init__(self, c):
         super().__init__()
-        W, n = c.image_width, (c.image_size // c.patch) ** 2
+        W, n = c.image_width, c.image_size // c.patch
         self.patch = nn.Conv2d(3, W, c.patch, stride=c.patch, bias=False)
         self.cls = nn.Parameter(torch.randn(W) * W ** -0.5)
-        self.pos = nn.Parameter(torch.randn(1 + n, W) * W ** -0.5)
+        self.pos = nn.Parameter(torch.cat([torch.randn(1, W), waves(n, n, W)]) * 0.3)
         self.ln_in, self.ln_out = nn.LayerNorm(W), nn.LayerNorm(W)
         self.blocks = blocks(c.image_layers, W, c.image_heads, activation=c.activation)
         self.proj = nn.Parameter(torch.randn(W, c.embed_dim) * W ** -0.5)
@@ -465,8 +478,8 @@ class TextEncoder(nn.Module):
         W = c.text_width
         self.end = c.vocab_size - 1
         self.tok = nn.Embedding(c.vocab_size, W)
-        self.pos = nn.Parameter(torch.randn(c.context, W) * 0.01)
-        nn.init.normal_(self.tok.weight, std=0.02)
+        self.pos = nn.Parameter(diffusion.sinusoid(torch.arange(c.context), W) * 0.1)
+        nn.init.normal_(self.tok.weight, std=0.1)
         self.blocks = blocks(c.text_layers, W, c.text_heads, activation=c.activation)
         self.ln_out = nn.LayerNorm(W)
         self.proj = nn.Parameter(torch.randn(W, c.embed_dim) * W ** -0.5)

@@ -44,10 +44,10 @@ class ResBlock(nn.Module):
     added before that norm.
     """
 
-    def __init__(self, c_in, c_out, emb, dropout=0.0, scale_shift=True, resample=None):
+    def __init__(self, c_in, c_out, emb, dropout=0.0, scale_shift=True, resample=None, groups=32):
         super().__init__()
         self.resample, self.scale_shift, self.dropout = resample, scale_shift, dropout
-        self.norm1, self.norm2 = nn.GroupNorm(32, c_in), nn.GroupNorm(32, c_out)
+        self.norm1, self.norm2 = nn.GroupNorm(groups, c_in), nn.GroupNorm(groups, c_out)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.emb = nn.Linear(emb, 2 * c_out if scale_shift else c_out)
@@ -76,10 +76,10 @@ class Attention(nn.Module):
     The context's keys and values stand before the pixels'; it has no norm of its own here.
     """
 
-    def __init__(self, channels, head_channels, context_width):
+    def __init__(self, channels, head_channels, context_width, groups=32):
         super().__init__()
         self.heads = channels // head_channels
-        self.norm = nn.GroupNorm(32, channels)
+        self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = zero(nn.Linear(channels, channels))
         self.context = nn.Linear(context_width, 2 * channels) if context_width else None
@@ -108,6 +108,8 @@ class UNetConfig:
     context_width: int = 0          # X, 2048, none, none
     scale_shift: bool = True        # AdaGN; False only in Karlo's upsamplers
     dropout: float = 0.0            # 0.1, 0.1, 0
+    groups: int = 32                # of GroupNorm, 32 everywhere but in the toy: with one channel
+    #                                 to a group no channel could carry a mean, no picture its shade
 
 
 class Level(nn.Module):
@@ -118,11 +120,11 @@ class Level(nn.Module):
 
     def __init__(self, c_ins, c_out, emb, resample, attention, c):
         super().__init__()
-        self.res = nn.ModuleList(ResBlock(c_in, c_out, emb, c.dropout, c.scale_shift)
+        self.res = nn.ModuleList(ResBlock(c_in, c_out, emb, c.dropout, c.scale_shift, None, c.groups)
                                  for c_in in c_ins)
-        self.attn = nn.ModuleList(Attention(c_out, c.head_channels, c.context_width)
+        self.attn = nn.ModuleList(Attention(c_out, c.head_channels, c.context_width, c.groups)
                                   for _ in c_ins if attention)
-        self.resample = (ResBlock(c_out, c_out, emb, c.dropout, c.scale_shift, resample)
+        self.resample = (ResBlock(c_out, c_out, emb, c.dropout, c.scale_shift, resample, c.groups)
                          if resample else None)
 
 
@@ -145,15 +147,16 @@ class UNet(nn.Module):
             resample = "down" if i + 1 < len(widths) else None
             self.down.append(Level([width] + [w] * (c.depth - 1), w, E, resample, looks[i], c))
             width, skips = w, skips + [w] * (c.depth + bool(resample))
-        self.mid_res1 = ResBlock(width, width, E, c.dropout, c.scale_shift)
-        self.mid_attn = Attention(width, c.head_channels, c.context_width) if any(looks) else None
-        self.mid_res2 = ResBlock(width, width, E, c.dropout, c.scale_shift)
+        self.mid_res1 = ResBlock(width, width, E, c.dropout, c.scale_shift, None, c.groups)
+        self.mid_attn = (Attention(width, c.head_channels, c.context_width, c.groups)
+                         if any(looks) else None)
+        self.mid_res2 = ResBlock(width, width, E, c.dropout, c.scale_shift, None, c.groups)
         self.up = nn.ModuleList()                    # deepest first
         for i, w in reversed(list(enumerate(widths))):
             c_ins = [(w if j else width) + skips.pop() for j in range(c.depth + 1)]
             self.up.append(Level(c_ins, w, E, "up" if i else None, looks[i], c))
             width = w
-        self.norm_out = nn.GroupNorm(32, width)
+        self.norm_out = nn.GroupNorm(c.groups, width)
         self.conv_out = zero(nn.Conv2d(width, c.out_channels, 3, padding=1))
 
     def keys_values(self, context):
@@ -217,6 +220,7 @@ class DecoderConfig:
     text_heads: int = 4             # 32
     T: int = 1000
     schedule: str = "cosine"
+    late: float = 1.0               # see diffusion.random_times; the toy has 2: so it learns faster
 
 
 class Decoder(nn.Module):
@@ -243,6 +247,20 @@ class Decoder(nn.Module):
         self.image_emb = nn.Linear(c.embed_dim, E)
         self.image_tokens = nn.Linear(c.embed_dim, 4 * X)
         self.register_buffer("null_image", torch.zeros(c.embed_dim))     # what a dropped z_i is
+
+    @torch.no_grad()
+    def fit(self, z_i):
+        """Start the projections of z_i white on data: z_i (N, D), N >= D. Run once, before training.
+
+        W = R cov^(-1/2), b = -W mean with R random: what tells one picture from another begins as
+        large as what all share. (Swapped captions are 0.9 alike; a network that has to enlarge the
+        difference first learns who is red last.) Directions under 0.1 % of the largest stay small.
+        """
+        power, basis = torch.linalg.eigh(z_i.T.cov())
+        white = basis / power.clamp(min=1e-3 * power[-1]).sqrt() @ basis.T                # (D, D)
+        for layer in (self.image_emb, self.image_tokens):
+            layer.weight.copy_(torch.randn_like(layer.weight) @ white / len(white) ** 0.5)
+            layer.bias.copy_(-layer.weight @ z_i.mean(0))
 
     def condition(self, z_i, text):
         """All that stays the same over the steps -> emb (B, E), kv, mask (B, K) or None.
@@ -271,8 +289,9 @@ class Decoder(nn.Module):
 
         z_i is dropped in 10 % of the rows, the caption in 50 %, one regardless of the other.
         """
-        B = len(x0)
-        t, eps = torch.randint(1, self.config.T + 1, (B,)), torch.randn(x0.shape).to(x0)
+        B, c = len(x0), self.config
+        t = diffusion.random_times(c.T, B, c.late)
+        eps = torch.randn(x0.shape).to(x0)
         keep_image = (torch.rand(B, 1) >= 0.1).to(x0.device)
         keep_text = (torch.rand(B) >= 0.5).to(x0.device)
         z_i = torch.where(keep_image, z_i, self.null_image)                    # (B, D)
@@ -495,6 +514,7 @@ class UpsamplerConfig:
     schedule: str = "cosine"        # cosine, linear
     corruption: str = "blur"        # of the small picture in training: blur, bsr
     eta: float | None = 0.0         # 0: DDIM; None: ancestral with the small variance (Karlo)
+    late: float = 1.0               # see diffusion.random_times; the toy has 2
     last: bool = False              # a second U-Net for the last step (Karlo)
 
 
@@ -539,7 +559,7 @@ class Upsampler(nn.Module):
 
         A network without v learns the simple loss.
         """
-        t = torch.randint(1, self.config.T + 1, (len(x0),))
+        t = diffusion.random_times(self.config.T, len(x0), self.config.late)
         eps = torch.randn(x0.shape).to(x0)
         x_t = diffusion.q_sample(self.alphabar, x0, t, eps)
         out = self(x_t, (t - 1).to(x0.device), low).float()

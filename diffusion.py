@@ -253,6 +253,16 @@ def discretized_log_likelihood(x, mean, log_std):
     return (above - below).clamp(min=1e-12).log()
 
 
+def random_times(T, B, late=1.0):
+    """Times to train at, (B,) long in 1..T: T u^(1 / late) rounded up, u uniform.
+
+    late = 1 draws all of them evenly (DDPM alg. 1, and the paper). With late > 1 the noisy ones come
+    more often, P(t <= a T) = a^late: there things and places are settled, and a predicted x0 is
+    at its most sensitive to errors in eps.
+    """
+    return 1 + (T * torch.rand(B) ** (1 / late)).long().clamp(max=T - 1)
+
+
 def simple_loss(eps_hat, eps):
     """L_simple = |eps_hat - eps|^2 averaged over an example: (B, ...) -> (B,).   DDPM eq. 14.
 

@@ -129,7 +129,7 @@ class DiffusionPrior(nn.Module):
         model that predicts 0.
         """
         B, x0 = len(z_i), self.scale(z_i)
-        t, eps = torch.randint(1, self.config.T + 1, (B,)), torch.randn(x0.shape)
+        t, eps = diffusion.random_times(self.config.T, B), torch.randn(x0.shape)
         keep = torch.rand(B) >= 0.1
         x_t = diffusion.q_sample(self.alphabar, x0, t, eps.to(x0))
         out = self(x_t, (t - 1).to(x0.device), text.drop(keep.to(x0.device)))  # (B, D)

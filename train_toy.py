@@ -10,14 +10,17 @@ in any picture, with no learning in it, so that the accuracy of a caption is exa
 """
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch: idle threads sleep, not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # see unclip.py
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
+import copy
 import json
 import math
 import random
 import re
 import sys
+import textwrap
 import time
 import zlib
 from dataclasses import dataclass, field, replace
@@ -26,6 +29,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -398,7 +402,8 @@ def edits(scene, rng):
     things[i] = rng.choice((
         replace(t, shape=rng.choice([s for s in SHAPES if s != t.shape])),
         replace(t, size="large" if t.size == "small" else "small"),
-        *[replace(t, colour=rng.choice([c for c in COLOURS if c != t.colour]))] * (2 - len(things))))
+        *[replace(t, colour=rng.choice([c for c in COLOURS if c != t.colour]))
+          for _ in range(2 - len(things))]))
     return Scene(tuple(things), scene.relation)
 
 
@@ -410,7 +415,7 @@ def rivals(rng, two):
     must it know in "a red circle above a blue square" which of the two is red.
     """
     first = random_scene(rng, two=two, part="train")
-    others = []
+    others = [Scene(stated(first).things, MIRROR[first.relation])] if two else []
     if not two and rng.random() < 0.5:
         others = [Scene((replace(first.things[0], shape=s),)) for s in SHAPES
                   if s != first.things[0].shape]
@@ -425,7 +430,7 @@ def rivals(rng, two):
 
 
 class World:
-    """Scenes of the toy world as a training set: groups of four rivals, easy ones (one thing) first."""
+    """Scenes of the toy world to train on: groups of four rivals, easy ones (one thing) first."""
     group, easy = 4, 0.3
 
     def __init__(self, groups, seed=0):
@@ -460,9 +465,10 @@ class Folder:
             if words:
                 self.paths.append(path)
                 self.captions.append(words)
-        if not self.paths:
+        if len(self.paths) < 2:
             raise ValueError(f"expected NAME.png or NAME.jpg beside NAME.txt in {folder}, found "
-                             f"{len(pictures)} pictures and no readable pair; add captions")
+                             f"{len(pictures)} pictures and {len(self.paths)} readable pairs; "
+                             "at least 2 are needed")
         print(f"{len(self.paths)} captioned pictures in {folder}, "
               f"{len(pictures) - len(self.paths)} skipped")
 
@@ -478,8 +484,8 @@ class Data:
     tokens, mask (N, L);  ids (N,) equal for equal captions;  z_i, z_t (N, D), see `embed`
     """
 
-    def __init__(self, source, model):
-        self.source, self.device, self.size = source, model.device, model.config.clip.image_size
+    def __init__(self, source, model, device):
+        self.source, self.device, self.size = source, device, model.config.clip.image_size
         self.tokens = model.tokenizer(source.captions, model.config.clip.context)
         self.mask = clip.token_mask(self.tokens, model.tokenizer.end)
         number = {text: i for i, text in enumerate(dict.fromkeys(source.captions))}
@@ -519,11 +525,11 @@ class Data:
 
 @dataclass
 class Stage:
-    """How one part is trained: a warm-up, then a cosine to zero.
+    """How one part is trained: a warm-up, and from 60 % of the steps a line to zero.
 
-    Adam with decoupled weight decay (not on gains, biases and embeddings), as in the paper. With
-    `muon` the matrices of Transformer blocks are moved by Muon (torch.optim.Muon) at that learning
-    rate instead: on so short a run it needs half as many steps.
+    Adam with decoupled weight decay (not on gains and biases), as in the paper. With `muon` the
+    inner matrices and convolutions are moved by torch.optim.Muon at that learning rate instead: in
+    a short run it needs about half as many steps.
     """
     steps: int
     batch: int
@@ -535,33 +541,34 @@ class Stage:
 
 
 STAGES = {
-    "clip": Stage(steps=1500, batch=64, lr=1e-3, muon=5e-3, weight_decay=0.1, beta2=0.98),
-    "diffusion_prior": Stage(steps=1200, batch=128, lr=1e-3, muon=3e-3, weight_decay=0.06,
+    "clip": Stage(steps=1500, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.1, beta2=0.98),
+    "diffusion_prior": Stage(steps=700, batch=128, lr=1e-3, muon=3e-3, weight_decay=0.06,
                              beta2=0.96, ema=0.99),
-    "ar_prior": Stage(steps=600, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.04, beta2=0.96,
+    "ar_prior": Stage(steps=350, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.04, beta2=0.96,
                       ema=0.99),
-    "decoder": Stage(steps=3000, batch=32, lr=1e-3, ema=0.995),
-    "upsampler1": Stage(steps=500, batch=64, lr=1e-3, ema=0.99),
-    "upsampler2": Stage(steps=300, batch=32, lr=1e-3, ema=0.99),
+    "decoder": Stage(steps=950, batch=64, lr=1e-3, muon=3e-3, ema=0.99),
+    "upsampler1": Stage(steps=350, batch=64, lr=2e-3, ema=0.99),
+    "upsampler2": Stage(steps=250, batch=32, lr=2e-3, ema=0.99),
 }
 
 
 def optimizers(model, stage):
-    """-> a list of optimisers; each of their groups holds its learning rate at full height, "peak"."""
-    matrices = [w for key, w in model.named_parameters()
-                if stage.muon and w.ndim == 2 and "blocks." in key]
-    temperature = [w for key, w in model.named_parameters() if key == "logit_scale"]
-    rest = [w for w in model.parameters() if all(w is not v for v in [*matrices, *temperature])]
-    groups = [{"params": [w for w in rest if w.ndim > 1], "peak": stage.lr},
-              {"params": [w for w in rest if w.ndim <= 1], "peak": stage.lr, "weight_decay": 0.0},
-              {"params": temperature, "peak": 10 * stage.lr, "weight_decay": 0.0}]
-    adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, stage.beta2),
-                             weight_decay=stage.weight_decay, fused=True)
-    if not matrices:
-        return [adam]
-    muon = torch.optim.Muon([{"params": matrices, "peak": stage.muon}], adjust_lr_fn="match_rms_adamw",
-                            weight_decay=stage.weight_decay)
-    return [adam, muon]
+    """-> optimisers, every group with the learning rate at its height ("peak"), and Muon's pairs:
+    a weight, and the same memory as a matrix (a convolution is one too, a row for each output)."""
+    inner = ("blocks.", "down.", "mid_", "up.")
+    pairs = [(w, nn.Parameter(w.detach().flatten(1))) for key, w in model.named_parameters()
+             if stage.muon and w.ndim > 1 and any(part in key for part in inner)]
+    taken = {id(w) for w, _ in pairs}
+    rest = [w for w in model.parameters() if id(w) not in taken]
+    adam = torch.optim.AdamW(
+        [{"params": [w for w in rest if w.ndim > 1], "peak": stage.lr},
+         {"params": [w for w in rest if w.ndim <= 1], "peak": stage.lr, "weight_decay": 0.0}],
+        betas=(0.9, stage.beta2), weight_decay=stage.weight_decay, fused=True)
+    if not pairs:
+        return [adam], pairs
+    muon = torch.optim.Muon([{"params": [m for _, m in pairs], "peak": stage.muon}], ns_steps=3,
+                            weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [adam, muon], pairs
 
 
 def batch_loss(name, model, data, batch, progress):
@@ -590,7 +597,8 @@ def expectation(name, model, data, batch):
     if name == "clip":
         same = data.ids[data.rivals(batch)]
         floor = (same[:, None] == same[None, :]).sum(1).log().mean()
-        return f"from log({batch}) = {math.log(batch):.2f}; equal captions put the floor at {floor:.2f}"
+        return (f"from log({batch}) = {math.log(batch):.2f}; equal captions put the floor at "
+                f"{floor:.2f}")
     if name == "diffusion_prior":
         return "0.289 (17.2^2 / 1024) is what predicting 0 gives"
     if name == "ar_prior":
@@ -598,14 +606,15 @@ def expectation(name, model, data, batch):
     return "1 is what predicting no noise gives; the variational bound comes on top"
 
 
-def train(name, stage, model, data, seed, state, save):
-    """Train one part. `state`, {} or a saved one, holds all that changes; save() is called at times.
+def train(name, stage, model, data, seed, state, save, save_seconds=20.0, sam=0.0):
+    """Train one part. `state`, {} or a saved one, holds all that changes; save() is called often.
 
     Every step seeds torch anew, so a run that was stopped draws what it would have drawn.
+    sam: rho of the paper's sharpness-aware steps, 0 for plain ones (which cost half as much).
     -> the model with averaged weights.   FloatingPointError at a loss that is not finite.
     """
     model.train()
-    weights, opts = list(model.parameters()), optimizers(model, stage)
+    weights, (opts, pairs) = list(model.parameters()), optimizers(model, stage)
     if state:
         model.load_state_dict(state["model"])
         for opt, saved in zip(opts, state["opts"]):
@@ -614,16 +623,24 @@ def train(name, stage, model, data, seed, state, save):
         state.update(step=0, losses=[], seconds=0.0, ema=[w.detach().clone() for w in weights])
     warmup, start, saved = 1 + min(50, stage.steps // 5), time.monotonic(), time.monotonic()
     before = state["seconds"]
-    bar = tqdm(range(state["step"], stage.steps), initial=state["step"], total=stage.steps, desc=name)
+    bar = tqdm(range(state["step"], stage.steps), name, initial=state["step"], total=stage.steps)
     for step in bar:
-        torch.manual_seed(seed * 1_000_003 + step)
-        height = min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / stage.steps))
+        def batch():                              # the same batch however often it is asked for
+            torch.manual_seed(seed * 1_000_003 + step)
+            return batch_loss(name, model, data, stage.batch, step / stage.steps)
+
+        height = min(1, (step + 1) / warmup, (1 - step / stage.steps) / 0.6)
         for group in (g for opt in opts for g in opt.param_groups):
             group["lr"] = height * group["peak"]
-        loss = batch_loss(name, model, data, stage.batch, step / stage.steps)
         model.zero_grad()
-        loss.backward()
+        if sam:
+            loss = clip.sam_backward(batch, weights, sam)
+        else:
+            loss = batch()
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        for w, matrix in pairs:
+            matrix.grad = w.grad.flatten(1)
         for opt in opts:
             opt.step()
         torch._foreach_lerp_(state["ema"], [w.detach() for w in weights],
@@ -636,7 +653,7 @@ def train(name, stage, model, data, seed, state, save):
                                      "try a smaller learning rate (STAGES), or another --seed")
         if step % 20 == 0:
             bar.set_postfix(loss=f"{np.mean(state['losses'][-100:]):.4f}")
-        if time.monotonic() - saved > 20:
+        if time.monotonic() - saved >= save_seconds:
             state.update(model=model.state_dict(), opts=[opt.state_dict() for opt in opts],
                          seconds=before + time.monotonic() - start)
             save()
@@ -652,7 +669,7 @@ def run(args):
     """Train the stack, part after part, into the folder args.out; or go on where a run stopped."""
     out, file = Path(args.out), Path(args.out) / "state.pt"
     about = {"seed": args.seed, "steps_scale": args.steps_scale, "data": args.data or "",
-             "groups": args.groups}
+             "groups": args.groups, "sam": args.sam}
     state = {"format": "unclip run 1", "about": about, "done": {}, "current": {}, "losses": {},
              "seconds": {}}
     if args.resume:
@@ -666,7 +683,6 @@ def run(args):
     for number, (name, stage) in enumerate(STAGES.items()):
         stage = replace(stage, steps=max(2, round(stage.steps * args.steps_scale)))
         if args.only and name not in (*args.only, "clip"):
-            model.parts[name] = None
             continue
         part = make_part(name, model, data, args.seed + number)
         if name in state["done"]:
@@ -674,9 +690,11 @@ def run(args):
             part.eval()
         else:
             print(f"{name}: {sum(w.numel() for w in part.parameters()) / 1e6:.2f} M parameters, "
-                  f"{stage.steps} steps of {stage.batch}; loss {expectation(name, part, data, stage.batch)}")
+                  f"{stage.steps} steps of {stage.batch}; loss: "
+                  f"{expectation(name, part, data, stage.batch)}", flush=True)
             train(name, stage, part, data, args.seed, state["current"],
-                  save=lambda: unclip.save_atomically(state, file))
+                  lambda: unclip.save_atomically(state, file), args.save_seconds,
+                  args.sam if name == "clip" else 0.0)
             if name == "diffusion_prior":
                 rows = torch.arange(len(data.tokens))[::max(1, len(data.tokens) // 500)]
                 part.fit_variance(data.z_i[rows], data.text(rows))
@@ -689,23 +707,25 @@ def run(args):
         model.parts[name] = part
         if name == "clip":
             data.embed(part)
-        elif name in ("decoder", "upsampler1", "upsampler2"):
+        elif model.parts["decoder"] is not None:
             draw_samples(model, data, out / f"{name}.png")
     model.save(out / "toy.pt", dtype=torch.half)
-    print(f"trained in {sum(state['seconds'].values()) / 60:.1f} minutes ("
-          + ", ".join(f"{k} {v:.0f} s" for k, v in state["seconds"].items()) + f"): {out / 'toy.pt'}")
+    each = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in state["seconds"].items())
+    print(f"wrote {out / 'toy.pt'}; trained in {sum(state['seconds'].values()) / 60:.1f} minutes: "
+          f"{each}")
 
 
 def set_up(args):
-    """-> an UnCLIP without parts but with tokenizer and sizes that fit the captions, and the Data."""
+    """-> an UnCLIP without parts yet, whose tokenizer and sizes fit the captions; and the Data."""
+    device = unclip.pick_device(args.device)
     source = Folder(args.data) if args.data else World(args.groups, args.seed)
-    model = unclip.build("toy", device=unclip.pick_device(args.device))
+    model = unclip.UnCLIP(copy.deepcopy(unclip.PRESETS["toy"]), dict.fromkeys(unclip.PARTS))
     model.tokenizer = clip.Tokenizer.train(source.captions, VOCABULARY)
     model.words = sorted({word for text in source.captions
                           for word in clip.split_words(clip.clean(text))})
     for name in ("clip", "diffusion_prior", "ar_prior", "decoder"):
         getattr(model.config, name).vocab_size = len(model.tokenizer)
-    return model, Data(source, model)
+    return model, Data(source, model, device)
 
 
 def make_part(name, model, data, seed):
@@ -714,9 +734,12 @@ def make_part(name, model, data, seed):
     config = getattr(model.config, name)
     if name == "ar_prior":
         config.components = prior.principal_components(data.z_i)[1].shape[1]
+        config.buckets = min(config.buckets, len(data.z_i))
     part = unclip.PARTS[name](config).to(data.device)
     if name == "ar_prior":
         part.fit(data.z_i, data.z_t)
+    if name == "decoder":
+        part.fit(clip.unit(data.z_i))
     return part
 
 
@@ -735,7 +758,7 @@ def draw_losses(losses, path):
 
 
 def draw_samples(model, data, path):
-    """Eight captions of the data drawn by what is trained so far, the true z_i in the prior's place."""
+    """Eight captions of the data as drawn so far, with the true z_i in the prior's place."""
     rows = torch.arange(len(data.tokens))[::max(1, len(data.tokens) // 8)][:8]
     pictures = model.draw(clip.unit(data.z_i[rows]), data.text(rows),
                           generator=torch.Generator().manual_seed(0))
@@ -745,7 +768,7 @@ def draw_samples(model, data, path):
 # ---- Is it any good? -----------------------------------------------------------------------------
 
 def frechet(a, b):
-    """Frechet distance of two clouds of embeddings, each taken as a Gaussian: (N, D), (M, D) -> >= 0.
+    """Frechet distance of two clouds of embeddings taken as Gaussians: (N, D), (M, D) -> >= 0.
 
         |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))        the F of FID
     """
@@ -762,7 +785,7 @@ WAYS = ("diffusion prior", "AR prior", "true image embedding", "text embedding i
 
 
 def embeddings(model, text, pictures, way, generator):
-    """The image embedding that the decoder is given, (B, D), in one of WAYS (the paper's fig. 8)."""
+    """The image embedding that the decoder is given, (B, D), in one of WAYS (paper fig. 8)."""
     if way.endswith("prior"):
         return model.embed(text, which=way.split()[0].lower(), generator=generator)
     return {"true image embedding": clip.unit(model.encode_image(pictures)),
@@ -784,9 +807,10 @@ def evaluate(args):
             "held-out pairs": [random_scene(rng, part="held-out") for _ in range(2 * n // 5)]}
     scenes, table = [scene for part in sets.values() for scene in part], []
     true = render_many(scenes, model.sizes[-1])
-    small = [decoder.shrink(render_many([place(stated(s), rng) for s in scenes], 64), model.sizes[0])
+    true_z = clip.unit(torch.cat([model.encode_image(x) for x in true.split(100)]))
+    small = [render_many([place(stated(s), rng) for s in scenes[:100]], model.sizes[0])
              for _ in range(2)]
-    for way in args.ways or WAYS:
+    for way in args.ways:
         generator, seen, drawn, twice = torch.Generator().manual_seed(args.seed), [], [], []
         for i in tqdm(range(0, len(scenes), 20), desc=way, leave=False):
             text = model.encode_text([caption(scene) for scene in scenes[i:i + 20]])
@@ -796,18 +820,50 @@ def evaluate(args):
             drawn.append(model.encode_image(pictures))
             if i < 100:
                 other = model.draw(again, text, upsampler_steps=(), generator=generator)
-                twice.append((decoder.shrink(pictures, model.sizes[0]) - other).square().mean((1, 2, 3)))
+                twice.append((decoder.shrink(pictures, model.sizes[0]) - other).square().mean())
         row, seen = {"way": way}, iter(seen)
         for name, part in sets.items():
             row[name] = float(np.mean([next(seen) for _ in part]))
-        row["Frechet distance"] = frechet(clip.unit(torch.cat(drawn)), clip.unit(model.encode_image(true)))
-        row["diversity"] = float(torch.cat(twice).mean() / (small[0] - small[1])[:100].square().mean())
+        row["Frechet distance"] = frechet(clip.unit(torch.cat(drawn)), true_z)
+        row["diversity"] = float(torch.stack(twice).mean() / (small[0] - small[1]).square().mean())
         table.append(row)
-        print("  ".join(f"{k}: {v}" if k == "way" else f"{k} {v:.3f}" for k, v in row.items()), flush=True)
+        print("  ".join(v if k == "way" else f"{k} {v:.3f}" for k, v in row.items()), flush=True)
+    print(markdown(table))
     counts = ", ".join(f"{len(part)} {name}" for name, part in sets.items())
     print(f"{counts}; {time.monotonic() - start:.0f} s")
     if args.json:
         Path(args.json).write_text(json.dumps({"captions": counts, "rows": table}, indent=1) + "\n")
+
+
+def markdown(table):
+    """The rows of `evaluate` as the README shows them."""
+    lines = ["| " + " | ".join(table[0]) + " |", "|---" * len(table[0]) + "|"]
+    for row in table:
+        shares = [f"{100 * v:.1f} %" for v in list(row.values())[1:4]]
+        lines.append("| " + " | ".join([row["way"], *shares, f"{row['Frechet distance']:.3f}",
+                                        f"{row['diversity']:.2f}"]) + " |")
+    return "\n".join(lines)
+
+
+GALLERY = ("a small red circle above a large blue square", "a large orange square",
+           "a large cyan circle left of a small purple cross",
+           "a small yellow circle below a large black cross",
+           "a large green square right of a small orange triangle", "a small blue triangle")
+
+
+def gallery(args):
+    """Captions and the pictures made of them, a row of six: the first thing in the README."""
+    model = unclip.load(args.weights, unclip.pick_device(args.device))
+    pictures = model.sample(GALLERY, generator=torch.Generator().manual_seed(args.seed))
+    figure, axes = plt.subplots(1, len(GALLERY), figsize=(2.1 * len(GALLERY), 2.7))
+    for axis, text, picture in zip(axes, GALLERY, pictures):
+        axis.imshow(unclip.to_pil(picture))
+        axis.set_title(textwrap.fill(text, 20), fontsize=9)
+        axis.set(xticks=[], yticks=[])
+    figure.tight_layout()
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, dpi=100)
+    print(f"wrote {args.out}; the reader sees: " + "; ".join(caption(read(x)) for x in pictures))
 
 
 def run_read(args):
@@ -819,39 +875,48 @@ def run_read(args):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    if argv[:1] == ["read"]:
-        parser = argparse.ArgumentParser("train_toy.py read", description="Say what is in a picture of "
-                                         "the toy world.", allow_abbrev=False)
-        parser.add_argument("picture")
-        parser.set_defaults(run=run_read)
-    elif argv[:1] == ["evaluate"]:
-        parser = argparse.ArgumentParser("train_toy.py evaluate", description=evaluate.__doc__,
-                                         formatter_class=formatter, allow_abbrev=False)
-        parser.add_argument("--weights", default=str(unclip.HERE / "weights/toy.pt"), metavar="PATH")
-        parser.add_argument("--captions", type=unclip.positive, default=500, metavar="N")
-        parser.add_argument("--ways", nargs="+", choices=WAYS, help="(default: all)")
-        parser.add_argument("--json", metavar="PATH", help="write the table there too")
-        parser.set_defaults(run=evaluate)
+    command = argv[0] if argv and argv[0] in ("read", "evaluate", "gallery") else "train"
+    parser = argparse.ArgumentParser(
+        "train_toy.py" + f" {command}" * (command != "train"), allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description={"read": "Say what is in a picture of the toy world.",
+                     "evaluate": "Draw captions that training never showed and read the pictures.",
+                     "gallery": gallery.__doc__,
+                     "train": "Train the whole stack. Other commands: read PICTURE, evaluate, "
+                              "gallery (train_toy.py COMMAND --help)."}[command])
+    option = parser.add_argument
+    if command == "read":
+        option("picture")
     else:
-        parser = argparse.ArgumentParser("train_toy.py", description="Train the whole stack.",
-                                         epilog="Also: train_toy.py read PICTURE, train_toy.py evaluate",
-                                         formatter_class=formatter, allow_abbrev=False)
-        parser.add_argument("--data", metavar="FOLDER", help="your pictures, NAME.png or NAME.jpg "
-                            "beside NAME.txt (default: the toy world)")
-        parser.add_argument("--out", default="runs/toy", metavar="FOLDER", help="where to write")
-        parser.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
-        parser.add_argument("--only", nargs="+", choices=STAGES, help="train these parts (and CLIP) only")
-        parser.add_argument("--steps-scale", type=float, default=1.0, metavar="X",
-                            help="all numbers of steps times this")
-        parser.add_argument("--groups", type=unclip.positive, default=10_000, metavar="N",
-                            help="groups of four scenes in the toy world's training set")
-        parser.set_defaults(run=run)
-    if argv[:1] != ["read"]:
-        parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
-        parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv[1:] if argv[:1] in (["read"], ["evaluate"]) else argv)
-    unclip.stop_on_error(args.run, args)
+        option("--device", default="cpu", help="cpu, cuda, mps")
+        option("--seed", type=int, default=0, help="of all randomness")
+    if command in ("evaluate", "gallery"):
+        option("--weights", default=str(unclip.HERE / "weights/toy.pt"), metavar="PATH",
+               help="a checkpoint of train_toy.py")
+    if command == "gallery":
+        option("-o", "--out", default="pictures/gallery.png", help="where to write the picture")
+    if command == "evaluate":
+        option("--captions", type=unclip.positive, default=500, metavar="N",
+               help="2/5 of one thing, 3/5 of two; and as many of held-out pairs as of one")
+        option("--ways", nargs="+", choices=WAYS, default=WAYS,
+               help="what the decoder is given as image embedding")
+        option("--json", metavar="PATH", help="write the table there too")
+    if command == "train":
+        option("--data", metavar="FOLDER", help="your pictures, NAME.png or NAME.jpg beside "
+               "NAME.txt (without: the toy world)")
+        option("--out", default="runs/toy", metavar="FOLDER", help="where to write")
+        option("--resume", action="store_true", help="go on where the run in --out stopped")
+        option("--only", nargs="+", choices=STAGES, help="train these parts, and CLIP, only")
+        option("--steps-scale", type=float, default=1.0, metavar="X", help="all steps times X")
+        option("--groups", type=unclip.positive, default=6000, metavar="N",
+               help="groups of four scenes in the toy world's training set")
+        option("--sam", type=float, default=0.0, metavar="RHO",
+               help="train CLIP with sharpness-aware steps, as the paper did (0.1)")
+        option("--save-seconds", type=float, default=20.0, metavar="S",
+               help="how often to save what --resume needs")
+    args = parser.parse_args(argv if command == "train" else argv[1:])
+    unclip.stop_on_error({"read": run_read, "evaluate": evaluate, "gallery": gallery,
+                          "train": run}[command], args)
 
 
 if __name__ == "__main__":

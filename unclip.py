@@ -11,7 +11,10 @@ The flow of one caption through the chapters (paper: Ramesh et al. 2022, fig. 2)
 """
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle threads sleep, not spin
+# Before torch is imported: idle threads spin for a moment, then sleep. If they spin on, two processes
+# on two cores can be 30 times slower; if they never spin, training loses a third of its pace.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import copy
@@ -68,14 +71,14 @@ def toy():
         prior.DiffusionPriorConfig(embed_dim=64, context=20, width=128, layers=4, heads=4),
         prior.ARPriorConfig(embed_dim=64, context=20),
         decoder.DecoderConfig(
-            decoder.UNetConfig(size=16, channels=32, mults=(1, 2, 4), attention=(8, 4),
-                               head_channels=32, context_width=64),
-            embed_dim=64, context=20, text_width=64, text_layers=2, text_heads=2),
+            decoder.UNetConfig(size=16, channels=32, mults=(1, 1, 4), attention=(8, 4),
+                               head_channels=32, context_width=64, groups=8),
+            embed_dim=64, context=20, text_width=64, text_layers=2, text_heads=2, late=2.0),
         decoder.UpsamplerConfig(decoder.UNetConfig(size=64, in_channels=6, channels=32,
-                                                   mults=(1, 2))),
-        decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, channels=32,
-                                                   mults=(1, 1)),
-                                schedule="linear", corruption="bsr"),
+                                                   mults=(1, 1), groups=8), late=2.0),
+        decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, channels=16,
+                                                   mults=(1, 1), groups=4),
+                                schedule="linear", corruption="bsr", late=2.0),
         Sampling(guidance=2.0, decoder_steps=50, upsampler_steps=(10, 5)))
 
 
@@ -161,7 +164,7 @@ class UnCLIP:
         return tuple(stage.unet.size for stage in stages if stage is not None)
 
     def unknown_words(self, captions):
-        """The words of the captions that no training caption had, in order; () if that is unknown."""
+        """The captions' words that no training caption had, in order; () if that is unknown."""
         known = set(self.words)
         said = [word for text in captions for word in clip.split_words(clip.clean(text))]
         return tuple(dict.fromkeys(word for word in said if known and word not in known))
@@ -241,9 +244,9 @@ class UnCLIP:
 
     @torch.no_grad()
     def rerank(self, pictures, captions, keep):
-        """Of the pictures of each caption, the `keep` that CLIP finds nearest to it.   DALL-E 1 sec. 2.6
+        """Of the N pictures of each caption the `keep` nearest to it, says CLIP.   DALL-E 1 sec. 2.6
 
-        pictures (len(captions) * N, 3, H, W), N in a row for each caption -> (len(captions) * keep, 3, H, W).
+        pictures (B N, 3, H, W), N in a row for each of B captions -> (B keep, 3, H, W).
         """
         text = self.encode_text(list(captions))
         z_i = self.encode_image(pictures).unflatten(0, (len(captions), -1))      # (B, N, D)
@@ -286,7 +289,7 @@ def save_atomically(content, path):
     try:
         torch.save(content, beside)
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:                 # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:             # a full disk is torch's RuntimeError
         beside.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {error}; is the disk full?") from None
 
@@ -314,10 +317,11 @@ def build(preset, device="cpu", dtype=torch.float32):
 def read_checkpoint(path, kind="unclip 1"):
     """A file of `save_atomically` -> its content.   FileNotFoundError, ValueError if it is none."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}; give --weights, or train with train_toy.py")
+        raise FileNotFoundError(f"there is no file {path}; give another, or train with "
+                                "train_toy.py")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:            # torch raises many kinds for what is no checkpoint of its own
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:           # torch raises many kinds for what is no checkpoint
         raise ValueError(f"{path} is not a checkpoint, or is cut short "
                          f"({type(error).__name__}); train or download it again") from None
     if not isinstance(content, dict) or content.get("format") != kind:
@@ -438,7 +442,8 @@ def add_image_encoder(model, path, device, dtype):
 
 def to_pil(x):
     """(3, H, W) in [-1, 1] -> a PIL image."""
-    return Image.fromarray(((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def save_grid(pictures, path, columns):
@@ -524,10 +529,12 @@ def main(argv=None):
     common.add_argument("--weights", default=str(HERE / "weights/toy.pt"), metavar="PATH",
                         help="a checkpoint of train_toy.py, or a Karlo folder")
     common.add_argument("--device", default="cpu", help="cpu, cuda, mps")
-    common.add_argument("--dtype", default="fp32", choices=DTYPES, help="of weights and activations")
+    common.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the networks")
     common.add_argument("--seed", type=int, default=0, help="equal seeds, equal pictures")
-    common.add_argument("--guidance", type=float, help="of the decoder; 1 is none (default: the weights')")
-    common.add_argument("--decoder-steps", type=positive, metavar="N", help="(default: the weights')")
+    common.add_argument("--guidance", type=float,
+                        help="of the decoder; 1 is none (default: the weights')")
+    common.add_argument("--decoder-steps", type=positive, metavar="N",
+                        help="(default: the weights')")
     common.add_argument("--upsampler-steps", type=positive, metavar="N", nargs="+",
                         help="one number for each upsampler (default: the weights')")
     common.add_argument("-o", "--out", default="out.png", help="where to write the picture")

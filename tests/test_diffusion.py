@@ -599,3 +599,14 @@ def test_golden_sampling_runs(case, golden, rigged):
         got = diffusion.sample(denoise, case["full"], draws[0], case["times"], clamp=1.0,
                                predicts=case["predicts"], **options)
         close(got, case[name], f"{name} of {case['name']}: one draw a step, the last unused", 1e-6)
+
+
+@pytest.mark.parametrize("late", [1.0, 2.0])
+def test_training_times_are_exactly_1_to_T_with_the_stated_distribution(late):
+    """P(t <= a T) = a^late; the usual mistake: 0 is drawn, or T never is."""
+    torch.manual_seed(0)
+    t = diffusion.random_times(20, 200_000, late)
+    assert t.min() == 1 and t.max() == 20, f"expected times 1..20, got {t.min()}..{t.max()}"
+    for k in range(1, 21):
+        share, expected = (t <= k).double().mean(), (k / 20) ** late
+        assert abs(share - expected) < 5 * (expected * (1 - expected) / 200_000) ** 0.5 + 1e-9

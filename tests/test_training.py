@@ -1,0 +1,261 @@
+"""The training loop: it learns, it resumes exactly, it stops when it must; and the committed weights."""
+import argparse
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clip
+import train_toy
+import unclip
+
+ROOT = Path(unclip.__file__).parent
+WEIGHTS = ROOT / "weights/toy.pt"
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A small training set, and a stack of the toy's sizes that fits it."""
+    args = argparse.Namespace(data=None, groups=100, seed=0, device="cpu")
+    return train_toy.set_up(args)
+
+
+@pytest.fixture(scope="module")
+def embedded(world):
+    model, data = world
+    model.parts["clip"] = train_toy.make_part("clip", model, data, 0)
+    data.embed(model.parts["clip"])
+    return model, data
+
+
+def test_groups_of_rivals_differ_in_one_respect_and_never_leave_the_training_set():
+    rng = random.Random(0)
+    for two in (False, True) * 100:
+        first, *others = train_toy.rivals(rng, two)
+        assert len(others) == 3 and all(len(s.things) == 1 + two for s in others)
+        for scene in (first, *others):
+            assert train_toy.split(scene) == "train", train_toy.caption(scene)
+    world = train_toy.World(50, seed=1)
+    assert all(len(s.things) == 1 for s in world.scenes[:4 * 15])
+    assert len(world.captions) == 200
+
+
+def test_what_is_trained_on_matches_its_caption(world):
+    """The pictures in memory, at the decoder's size, say what their captions say."""
+    _, data = world
+    rows = data.rivals(40)
+    for row, picture in zip(rows.tolist(), data.small(rows, 16)):
+        stated = train_toy.parse(data.source.captions[row])
+        assert train_toy.agrees(stated, train_toy.read(picture))
+
+
+@pytest.mark.parametrize("name", train_toy.STAGES)
+def test_six_steps_are_three_steps_saved_loaded_and_three_more(embedded, name, tmp_path):
+    model, data = embedded
+    stage = replace(train_toy.STAGES[name], steps=6, batch=8)
+
+    def train(state, stop=None):
+        def save():
+            torch.save(state, tmp_path / "state.pt")
+            if state["step"] == stop:
+                raise KeyboardInterrupt
+        part = train_toy.make_part(name, model, data, 0)
+        try:
+            train_toy.train(name, stage, part, data, 0, state, save, save_seconds=0)
+        except KeyboardInterrupt:
+            return train(torch.load(tmp_path / "state.pt", weights_only=True))
+        return part, state
+
+    (part, state), (again, resumed) = train({}), train({}, stop=3)
+    assert state["losses"] == resumed["losses"], "a resumed run must draw what it would have drawn"
+    for key, w in part.state_dict().items():
+        assert torch.equal(w, again.state_dict()[key]), f"{key} differs after resuming"
+    assert all(map(torch.equal, state["ema"], resumed["ema"]))
+
+
+@pytest.mark.parametrize("name", train_toy.STAGES)
+def test_twenty_steps_lower_the_loss(embedded, name):
+    model, data = embedded
+    stage, state = replace(train_toy.STAGES[name], steps=24, batch=16), {}
+    train_toy.train(name, stage, train_toy.make_part(name, model, data, 0), data, 0, state,
+                    lambda: None)
+    first, last = np.mean(state["losses"][:4]), np.mean(state["losses"][-4:])
+    assert last < 0.9 * first, f"{name}: from {first:.3f} to {last:.3f}; is an optimiser called?"
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(embedded, monkeypatch):
+    model, data = embedded
+    real, count = train_toy.batch_loss, iter(range(100))
+
+    def sick(*arguments):
+        return real(*arguments) * (math.nan if next(count) == 2 else 1)
+    monkeypatch.setattr(train_toy, "batch_loss", sick)
+    with pytest.raises(FloatingPointError, match="at step 2"):
+        train_toy.train("decoder", replace(train_toy.STAGES["decoder"], steps=5, batch=4),
+                        train_toy.make_part("decoder", model, data, 0), data, 0, {}, lambda: None)
+
+
+def test_the_average_follows_the_weights_with_the_stated_decay(embedded):
+    """ema after n steps = sum of the weights so far, each with what the decays have left of it."""
+    model, data = embedded
+    stage, seen = replace(train_toy.STAGES["ar_prior"], steps=4, batch=4, ema=0.6), []
+    part, state = train_toy.make_part("ar_prior", model, data, 0), {}
+    expected = part.out.bias.detach().clone().double()
+    train_toy.train("ar_prior", stage, part, data, 0, state,
+                    lambda: seen.append(part.out.bias.detach().clone().double()), save_seconds=0)
+    for step, w in enumerate(seen):
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * w
+    assert torch.allclose(part.out.bias.double(), expected, atol=1e-6)
+
+
+def test_sam_steps_train_too(embedded):
+    model, data = embedded
+    state = {}
+    train_toy.train("clip", replace(train_toy.STAGES["clip"], steps=3, batch=8),
+                    train_toy.make_part("clip", model, data, 0), data, 0, state, lambda: None, sam=0.1)
+    assert np.isfinite(state["losses"]).all() and len(state["losses"]) == 3
+
+
+# ---------------------------------------------------------------- whole runs, as a user starts them
+
+TINY = ["--groups", "60", "--steps-scale", "0.002", "--save-seconds", "0"]
+
+
+def start(*options, **settings):
+    return subprocess.Popen([sys.executable, str(ROOT / "train_toy.py"), *options], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env=os.environ | {"OMP_NUM_THREADS": "2"}, **settings)
+
+
+def finish(*options, **settings):
+    process = start(*options, **settings)
+    return process.communicate()[0], process.returncode
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    said, code = finish(*TINY, "--out", str(out))
+    assert code == 0, said
+    return out
+
+
+def test_a_run_writes_weights_curves_and_samples(finished):
+    model = unclip.load(finished / "toy.pt")
+    assert all(part is not None for part in model.parts.values())
+    for name in ("losses.png", "decoder.png", "upsampler1.png", "upsampler2.png"):
+        assert clip.read_picture(finished / name).size[0] > 200
+    assert "circle" in model.words and "above" in model.words
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(finished, tmp_path):
+    """kill -9 twice, at different places; the finished file equals that of a run left alone."""
+    for part in ("diffusion_prior", "decoder"):
+        process = start(*TINY, "--out", str(tmp_path), *["--resume"] * (tmp_path / "state.pt").exists())
+        while process.poll() is None:
+            line = process.stdout.readline()
+            if line.startswith(f"{part}:"):
+                break
+        time.sleep(1.0)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    said, code = finish(*TINY, "--out", str(tmp_path), "--resume")
+    assert code == 0, said
+    one, other = (torch.load(p / "toy.pt", weights_only=True)["weights"] for p in (finished, tmp_path))
+    for part in one:
+        for key, w in one[part].items():
+            assert torch.equal(w, other[part][key]), f"{part}.{key} differs"
+
+
+def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(finished):
+    before = (finished / "state.pt").read_bytes()
+    for options, says in [((), "--resume"), (("--resume", "--seed", "5"), "another --out")]:
+        said, code = finish(*TINY, "--out", str(finished), *options)
+        assert code == 2 and says in said and "Traceback" not in said, said
+    assert (finished / "state.pt").read_bytes() == before
+
+
+def test_your_own_pictures_train_it_too(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    rng = random.Random(0)
+    for i in range(12):
+        scene = train_toy.random_scene(rng)
+        picture = unclip.to_pil(train_toy.render(scene, 64)).resize((80 + i, 70))
+        picture.save(data / f"{i}.{'jpg' if i % 2 else 'png'}")
+        (data / f"{i}.txt").write_text(train_toy.caption(scene))
+    (data / "broken.png").write_bytes(b"no picture")
+    (data / "broken.txt").write_text("a broken thing")
+    Image.new("RGB", (9, 9)).save(data / "silent.png")
+    said, code = finish("--data", str(data), "--out", str(tmp_path / "run"), "--steps-scale", "0.001")
+    assert code == 0, said
+    assert "12 captioned pictures" in said and "2 skipped" in said
+    assert unclip.load(tmp_path / "run/toy.pt").words
+
+
+@pytest.mark.parametrize("content", [None, "empty", "no captions"])
+def test_a_folder_without_pairs_is_one_sentence_and_exit_status_2(tmp_path, content):
+    folder = tmp_path / "data"
+    if content:
+        folder.mkdir()
+    if content == "no captions":
+        Image.new("RGB", (9, 9)).save(folder / "a.png")
+    said, code = finish("--data", str(folder), "--out", str(tmp_path / "run"))
+    assert code == 2 and "expected NAME.png or NAME.jpg beside NAME.txt" in said
+    assert "Traceback" not in said
+
+
+def test_read_says_what_is_in_a_picture(tmp_path):
+    scene = train_toy.random_scene(random.Random(3), two=True, unstated=0)
+    unclip.to_pil(train_toy.render(scene, 256)).save(tmp_path / "a.png")
+    said, code = finish("read", str(tmp_path / "a.png"))
+    assert code == 0 and train_toy.parse(said.strip()) == scene
+    (tmp_path / "b.png").write_text("no picture")
+    for name in ("b.png", "c.png"):
+        said, code = finish("read", str(tmp_path / name))
+        assert code == 2 and name in said and "Traceback" not in said
+
+
+def test_the_frechet_distance_of_gaussians_is_the_textbooks():
+    """Commuting covariances: |m1 - m2|^2 + sum (s1 - s2)^2; clouds with exactly these moments."""
+    D, N = 3, 64
+    x = torch.linalg.qr(torch.randn(N, D + 1, dtype=torch.float64)
+                        .index_fill(1, torch.tensor([0]), 1.0))[0][:, 1:] * (N - 1) ** 0.5
+    s1, s2 = torch.tensor([1.0, 2, 3]).double(), torch.tensor([2.0, 2, 1]).double()
+    got = train_toy.frechet(x * s1, x * s2 + 1)
+    assert got == pytest.approx(3 + float(((s1 - s2) ** 2).sum()), abs=1e-9)
+    assert train_toy.frechet(x, x) == pytest.approx(0, abs=1e-9)
+
+
+# ---------------------------------------------------------------- the committed weights
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return unclip.load(WEIGHTS)
+
+
+def test_the_committed_weights_are_small_enough_to_commit():
+    assert WEIGHTS.stat().st_size <= 16e6
+
+
+@pytest.mark.parametrize("two, least", [(False, 11), (True, 18)])
+def test_the_committed_weights_draw_what_the_caption_says(committed, two, least):
+    """At full size, captions training never showed: 12 of one thing, 24 of two."""
+    rng = random.Random(7)
+    scenes = [train_toy.random_scene(rng, two=two, part="test") for _ in range(12 + 12 * two)]
+    pictures = committed.sample([train_toy.caption(s) for s in scenes], progress=False,
+                                generator=torch.Generator().manual_seed(0))
+    right = [train_toy.agrees(a, train_toy.read(b)) for a, b in zip(scenes, pictures)]
+    assert sum(right) >= least, f"{sum(right)} of {len(right)} right"

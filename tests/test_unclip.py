@@ -1,0 +1,252 @@
+"""The whole stack: presets, checkpoints, sampling, the command line and what it says to bad input."""
+import copy
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import clip
+import train_toy
+import unclip
+
+ROOT = Path(unclip.__file__).parent
+CAPTION = "a small red circle above a large blue square"
+
+
+def tiny_config():
+    """The toy's shape with as little in it as runs."""
+    config = copy.deepcopy(unclip.PRESETS["toy"])
+    config.clip = dataclasses.replace(config.clip, image_width=32, image_layers=1, image_heads=1,
+                                      text_width=32, text_layers=1, text_heads=1, embed_dim=16)
+    config.diffusion_prior = dataclasses.replace(config.diffusion_prior, embed_dim=16, width=32,
+                                                 layers=1, heads=1)
+    config.ar_prior = dataclasses.replace(config.ar_prior, embed_dim=16, components=8, buckets=16,
+                                          text_width=32, text_layers=1, text_heads=1, width=32,
+                                          layers=1, heads=1)
+    config.decoder = dataclasses.replace(config.decoder, embed_dim=16, text_width=32, text_layers=1,
+                                         text_heads=1)
+    config.decoder.unet = dataclasses.replace(config.decoder.unet, mults=(1, 1), attention=(8,))
+    config.sampling = unclip.Sampling(prior_steps=3, decoder_steps=3, upsampler_steps=(2, 2))
+    return config
+
+
+@pytest.fixture(scope="module")
+def stack():
+    torch.manual_seed(0)
+    texts = [train_toy.caption(train_toy.Scene((train_toy.Thing(s, c, z),)))
+             for s in train_toy.SHAPES for c in train_toy.COLOURS for z in train_toy.SIZES]
+    tokenizer = clip.Tokenizer.train([*texts, CAPTION], 1024)
+    config = tiny_config()
+    for name in ("clip", "diffusion_prior", "ar_prior", "decoder"):
+        getattr(config, name).vocab_size = len(tokenizer)
+    model = unclip.build_from(config)
+    for part in model.parts.values():                    # zero-initialised layers would hide a lot
+        for w in part.parameters():
+            if not w.any():
+                torch.nn.init.normal_(w, std=0.05)
+    model.tokenizer = tokenizer
+    model.words = sorted({word for text in [*texts, CAPTION] for word in text.split()})
+    return model
+
+
+def draw(model, captions=(CAPTION,), seed=0, **options):
+    return model.sample(captions, generator=torch.Generator().manual_seed(seed), progress=False,
+                        **options)
+
+
+@pytest.mark.parametrize("which", ["diffusion", "ar"])
+def test_a_caption_becomes_a_picture_in_range(stack, which):
+    x = draw(stack, [CAPTION, "a red circle"], prior=which)
+    assert x.shape == (2, 3, 256, 256)
+    assert x.isfinite().all() and -1 <= x.min() and x.max() <= 1
+
+
+def test_a_seed_is_a_picture(stack):
+    assert torch.equal(draw(stack), draw(stack)), "equal seeds must give equal pictures"
+    assert not torch.equal(draw(stack), draw(stack, seed=1))
+
+
+def test_the_stages_draw_in_the_documented_order(stack):
+    """prior, decoder, upsamplers; each its first noise and one draw per step that adds noise."""
+    sizes, randn = [], torch.randn
+
+    def counting(*shape, **options):
+        out = randn(*shape, **options)
+        sizes.append(tuple(out.shape))
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn", counting)
+        draw(stack)
+    D = stack.config.clip.embed_dim
+    assert sizes == [(2, D)] * 3 + [(1, 3, 16, 16)] * 3 + [(1, 3, 64, 64), (1, 3, 256, 256)], \
+        "2 candidates, 3 steps of which the last adds no noise, then DDIM, which adds none"
+
+
+def test_save_and_load_give_the_same_stack(stack, tmp_path):
+    stack.save(tmp_path / "stack.pt")
+    again = unclip.load(tmp_path / "stack.pt")
+    for name, part in stack.parts.items():
+        theirs = again.parts[name].state_dict()
+        assert all(torch.equal(w, theirs[key]) for key, w in part.state_dict().items()), name
+    assert again.config == stack.config and again.words == tuple(stack.words)
+    assert torch.equal(draw(again), draw(stack))
+
+
+def test_half_precision_on_disk_is_float32_again_when_loaded(stack, tmp_path):
+    stack.save(tmp_path / "full.pt")
+    stack.save(tmp_path / "half.pt", dtype=torch.half)
+    assert (tmp_path / "half.pt").stat().st_size < 0.7 * (tmp_path / "full.pt").stat().st_size
+    again = unclip.load(tmp_path / "half.pt")
+    w, v = (m.parts["decoder"].unet.conv_in.weight for m in (stack, again))
+    assert v.dtype == torch.float32 and (w - v).abs().max() < 1e-3
+
+
+def test_a_failed_save_leaves_the_old_file_alone(stack, tmp_path, monkeypatch):
+    stack.save(tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+
+    def full_disk(*_, **__):
+        raise RuntimeError("PytorchStreamWriter failed writing file: no space left on device")
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="disk full"):
+        stack.save(tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"], "nothing half-written may stay behind"
+
+
+def test_guidance_and_captions_matter(stack):
+    x = draw(stack)
+    assert not torch.equal(x, draw(stack, guidance=1.0)), "guidance must reach the decoder"
+    assert not torch.equal(x, draw(stack, ["a red circle"])), "the caption must reach the picture"
+    assert not torch.equal(x, draw(stack, prior="ar"))
+
+
+def test_rerank_keeps_the_pictures_nearest_to_the_caption(stack):
+    pictures = torch.rand(6, 3, 64, 64) * 2 - 1
+    captions = [CAPTION, "a red circle"]
+    kept = stack.rerank(pictures, captions, keep=2)
+    z_t = clip.unit(stack.encode_text(captions).z_t)
+    for row in range(2):
+        mine = pictures[3 * row:3 * row + 3]
+        score = [float(clip.unit(stack.encode_image(x[None]))[0] @ z_t[row]) for x in mine]
+        best = sorted(range(3), key=lambda i: -score[i])[:2]
+        assert all(torch.equal(a, mine[i]) for a, i in zip(kept[2 * row:2 * row + 2], best))
+
+
+def test_every_picture_of_a_batch_is_independent(stack):
+    """z_i and text of one row changed: the others' pictures stay as they are."""
+    text = stack.encode_text([CAPTION, "a red circle"])
+    z = clip.unit(torch.randn(2, stack.config.clip.embed_dim))
+    a = stack.draw(z, text, generator=torch.Generator().manual_seed(0))
+    b = stack.draw(z * torch.tensor([[1.0], [-1.0]]), text, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(a[0], b[0], atol=1e-5) and not torch.allclose(a[1], b[1], atol=1e-3)
+
+
+def test_unknown_words_are_named_and_drawn_all_the_same(stack):
+    assert stack.unknown_words(["a Crimson circle", "a fox"]) == ("crimson", "fox")
+    assert draw(stack, ["a crimson circle"]).isfinite().all()
+
+
+@pytest.mark.parametrize("captions", [[], [""], ["  "], ["a red circle", ""]])
+def test_a_caption_without_text_is_refused(stack, captions):
+    with pytest.raises(ValueError, match="some text"):
+        draw(stack, captions)
+
+
+def test_a_caption_beyond_the_context_is_refused(stack):
+    with pytest.raises(ValueError, match="at most 20 tokens"):
+        draw(stack, ["a red circle " * 9])
+
+
+COUNTS = {"clip": 986.3, "diffusion_prior": 1258, "ar_prior": 2210, "decoder": 3496.1,
+          "upsampler1": 729.7, "upsampler2": 282.1}      # millions, paper.md section 7
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_paper_preset_has_the_papers_sizes(name):
+    part = unclip.build("paper", device="meta").parts[name]
+    count = sum(w.numel() for w in part.parameters()) / 1e6
+    assert count == pytest.approx(COUNTS[name], rel=2e-3)
+
+
+def test_build_gives_each_caller_a_configuration_of_their_own():
+    unclip.build("toy", device="meta").config.clip.vocab_size = 7
+    assert unclip.build("toy", device="meta").config.clip.vocab_size != 7
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def command(*words, folder=ROOT):
+    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def files(stack, tmp_path_factory):
+    """Good and bad files to name on the command line."""
+    folder = tmp_path_factory.mktemp("files")
+    stack.save(folder / "good.pt")
+    content = torch.load(folder / "good.pt", weights_only=True)
+    (folder / "short.pt").write_bytes((folder / "good.pt").read_bytes()[:5000])
+    (folder / "text.pt").write_text("hello")
+    torch.save({"some": "thing"}, folder / "other.pt")
+    wrong = copy.deepcopy(content)
+    wrong["config"]["decoder"]["unet"]["channels"] = 64
+    torch.save(wrong, folder / "wrong.pt")
+    wrong = copy.deepcopy(content)
+    wrong["config"]["clip"]["colour"] = 3
+    torch.save(wrong, folder / "setting.pt")
+    return folder
+
+
+def test_sample_writes_a_picture_and_says_where(files):
+    out = command(str(ROOT / "unclip.py"), "sample", CAPTION, "a mauve circle", "-n", "2",
+                  "--weights", "good.pt", "--rerank", "2", "-o", "two.png", folder=files)
+    assert out.returncode == 0, out.stderr
+    assert "two.png" in out.stdout
+    assert "never met: mauve" in out.stderr and "circle" in out.stderr
+    H, W = clip.read_picture(files / "two.png").size
+    assert H == W and H > 2 * 256
+
+
+BAD = {
+    "an unknown file": (["--weights", "nowhere.pt"], "no file nowhere.pt"),
+    "a truncated file": (["--weights", "short.pt"], "short.pt is not a checkpoint, or is cut"),
+    "a file that is no checkpoint": (["--weights", "text.pt"], "text.pt is not a checkpoint"),
+    "a file of something else": (["--weights", "other.pt"], "other.pt"),
+    "another configuration": (["--weights", "wrong.pt"], "do not fit"),
+    "an unknown setting": (["--weights", "setting.pt"], "another configuration"),
+    "no such device": (["--weights", "good.pt", "--device", "cuda:99"], "no device 'cuda:99'"),
+    "a nonsense device": (["--weights", "good.pt", "--device", "toaster"], "no device 'toaster'"),
+    "a folder that is not there": (["--weights", "good.pt", "-o", "no/where.png"], "no/where.png"),
+    "not a picture's name": (["--weights", "good.pt", "-o", "out.xyz"], "could not write out.xyz"),
+    "too many steps": (["--weights", "good.pt", "--decoder-steps", "2000"], "got 2000"),
+    "not a number": (["--weights", "good.pt", "-n", "zero"], "whole number"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_sentence_and_exit_status_2(files, what):
+    options, says = BAD[what]
+    out = command(str(ROOT / "unclip.py"), "sample", "a red circle", *options, folder=files)
+    assert out.returncode == 2, out.stderr
+    assert says in out.stderr and "Traceback" not in out.stderr, out.stderr
+
+
+@pytest.mark.parametrize("caption", ["", "a red circle " * 30])
+def test_a_bad_caption_is_one_sentence_too(files, caption):
+    out = command(str(ROOT / "unclip.py"), "sample", caption, "--weights", "good.pt", folder=files)
+    assert out.returncode == 2 and "Traceback" not in out.stderr and "expected" in out.stderr
+
+
+@pytest.mark.parametrize("words", [["unclip.py"], ["unclip.py", "sample"], ["train_toy.py"],
+                                   ["train_toy.py", "read"], ["train_toy.py", "evaluate"]])
+def test_every_command_explains_itself(words):
+    out = command(*words, "--help")
+    assert out.returncode == 0 and "usage" in out.stdout
