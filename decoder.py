@@ -120,8 +120,8 @@ class Level(nn.Module):
 
     def __init__(self, c_ins, c_out, emb, resample, attention, c):
         super().__init__()
-        self.res = nn.ModuleList(ResBlock(c_in, c_out, emb, c.dropout, c.scale_shift, None, c.groups)
-                                 for c_in in c_ins)
+        self.res = nn.ModuleList(
+            ResBlock(c_in, c_out, emb, c.dropout, c.scale_shift, None, c.groups) for c_in in c_ins)
         self.attn = nn.ModuleList(Attention(c_out, c.head_channels, c.context_width, c.groups)
                                   for _ in c_ins if attention)
         self.resample = (ResBlock(c_out, c_out, emb, c.dropout, c.scale_shift, resample, c.groups)
@@ -250,7 +250,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def fit(self, z_i):
-        """Start the projections of z_i white on data: z_i (N, D), N >= D. Run once, before training.
+        """Start the projections of z_i white on data, z_i (N, D). Run once, before training.
 
         W = R cov^(-1/2), b = -W mean with R random: what tells one picture from another begins as
         large as what all share. (Swapped captions are 0.9 alike; a network that has to enlarge the
@@ -513,8 +513,11 @@ class UpsamplerConfig:
     T: int = 1000
     schedule: str = "cosine"        # cosine, linear
     corruption: str = "blur"        # of the small picture in training: blur, bsr
-    eta: float | None = 0.0         # 0: DDIM; None: ancestral with the small variance (Karlo)
+    eta: float | None = 0.0         # DDIM's, 0 (the toy: 1); None: ancestral (Karlo)
     late: float = 1.0               # see diffusion.random_times; the toy has 2
+    start: int = 0                  # 0: sampling starts from pure noise (paper). The toy's: from the
+    #                                 enlarged small picture, noised to this time. Nearer to T an
+    #                                 error in eps shifts the shade of all of x0, for good
     last: bool = False              # a second U-Net for the last step (Karlo)
 
 
@@ -572,8 +575,8 @@ class Upsampler(nn.Module):
 
         Better for DDIM: GLIDE's 27, or a whole stride where there is one (it spares t = T).
         """
-        if self.config.eta is None:
-            return diffusion.spaced_timesteps(self.config.T, steps)
+        if self.config.eta is None or self.config.start:
+            return diffusion.spaced_timesteps(self.config.start or self.config.T, steps)
         if steps == 27:
             return diffusion.glide27_timesteps(self.config.T)
         try:
@@ -596,8 +599,10 @@ class Upsampler(nn.Module):
             return unet(torch.cat([x_t.to(dtype), large], dim=1), index).float()
 
         x = torch.randn(len(low), 3, size, size, generator=generator,
-                        device=generator.device if generator else None)
-        x = diffusion.sample(denoise, self.alphabar, x.to(low.device), self.times(steps), clamp=1.0,
+                        device=generator.device if generator else None).to(low.device)
+        if self.config.start:
+            x = diffusion.q_sample(self.alphabar, large.float(), self.config.start, x)
+        x = diffusion.sample(denoise, self.alphabar, x, self.times(steps), clamp=1.0,
                              eta=self.config.eta, generator=generator, progress=progress)
         return x.clamp(-1, 1)
 

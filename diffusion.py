@@ -256,9 +256,9 @@ def discretized_log_likelihood(x, mean, log_std):
 def random_times(T, B, late=1.0):
     """Times to train at, (B,) long in 1..T: T u^(1 / late) rounded up, u uniform.
 
-    late = 1 draws all of them evenly (DDPM alg. 1, and the paper). With late > 1 the noisy ones come
-    more often, P(t <= a T) = a^late: there things and places are settled, and a predicted x0 is
-    at its most sensitive to errors in eps.
+    late = 1 draws all of them evenly (DDPM alg. 1, and the paper). With late > 1 the noisy ones
+    come more often, P(t <= a T) = a^late: there things and places are settled, and a predicted
+    x0 is at its most sensitive to errors in eps.
     """
     return 1 + (T * torch.rand(B) ** (1 / late)).long().clamp(max=T - 1)
 

@@ -541,14 +541,14 @@ class Stage:
 
 
 STAGES = {
-    "clip": Stage(steps=1500, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.1, beta2=0.98),
-    "diffusion_prior": Stage(steps=700, batch=128, lr=1e-3, muon=3e-3, weight_decay=0.06,
+    "clip": Stage(steps=1600, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.1, beta2=0.98),
+    "diffusion_prior": Stage(steps=400, batch=128, lr=1e-3, muon=3e-3, weight_decay=0.06,
                              beta2=0.96, ema=0.99),
     "ar_prior": Stage(steps=350, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.04, beta2=0.96,
                       ema=0.99),
     "decoder": Stage(steps=950, batch=64, lr=1e-3, muon=3e-3, ema=0.99),
-    "upsampler1": Stage(steps=350, batch=64, lr=2e-3, ema=0.99),
-    "upsampler2": Stage(steps=250, batch=32, lr=2e-3, ema=0.99),
+    "upsampler1": Stage(steps=700, batch=32, lr=2e-3, muon=3e-3, ema=0.99),
+    "upsampler2": Stage(steps=900, batch=8, lr=2e-3, muon=3e-3, ema=0.99),
 }
 
 
@@ -562,7 +562,9 @@ def optimizers(model, stage):
     rest = [w for w in model.parameters() if id(w) not in taken]
     adam = torch.optim.AdamW(
         [{"params": [w for w in rest if w.ndim > 1], "peak": stage.lr},
-         {"params": [w for w in rest if w.ndim <= 1], "peak": stage.lr, "weight_decay": 0.0}],
+         {"params": [w for w in rest if w.ndim == 1], "peak": stage.lr, "weight_decay": 0.0},
+         *({"params": [w], "peak": 10 * stage.lr, "weight_decay": 0.0}          # the temperature
+           for w in rest if w.ndim == 0)],
         betas=(0.9, stage.beta2), weight_decay=stage.weight_decay, fused=True)
     if not pairs:
         return [adam], pairs
@@ -697,7 +699,8 @@ def run(args):
                   args.sam if name == "clip" else 0.0)
             if name == "diffusion_prior":
                 rows = torch.arange(len(data.tokens))[::max(1, len(data.tokens) // 500)]
-                part.fit_variance(data.z_i[rows], data.text(rows))
+                part.fit_variance(data.z_i[rows], data.text(rows),
+                                  generator=torch.Generator().manual_seed(args.seed))
             state["done"][name] = part.state_dict()
             state["losses"][name], state["seconds"][name] = (state["current"].pop(k)
                                                              for k in ("losses", "seconds"))
@@ -862,7 +865,7 @@ def gallery(args):
         axis.set(xticks=[], yticks=[])
     figure.tight_layout()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=100)
+    figure.savefig(args.out, dpi=100, bbox_inches="tight")
     print(f"wrote {args.out}; the reader sees: " + "; ".join(caption(read(x)) for x in pictures))
 
 
@@ -908,7 +911,7 @@ def main(argv=None):
         option("--resume", action="store_true", help="go on where the run in --out stopped")
         option("--only", nargs="+", choices=STAGES, help="train these parts, and CLIP, only")
         option("--steps-scale", type=float, default=1.0, metavar="X", help="all steps times X")
-        option("--groups", type=unclip.positive, default=6000, metavar="N",
+        option("--groups", type=unclip.positive, default=8000, metavar="N",
                help="groups of four scenes in the toy world's training set")
         option("--sam", type=float, default=0.0, metavar="RHO",
                help="train CLIP with sharpness-aware steps, as the paper did (0.1)")

@@ -11,8 +11,8 @@ The flow of one caption through the chapters (paper: Ramesh et al. 2022, fig. 2)
 """
 import os
 
-# Before torch is imported: idle threads spin for a moment, then sleep. If they spin on, two processes
-# on two cores can be 30 times slower; if they never spin, training loses a third of its pace.
+# Before torch is imported: idle threads spin for a moment, then sleep. If they spin on, two
+# processes on two cores can be 30 times slower; if they never spin, training is a third slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -75,11 +75,12 @@ def toy():
                                head_channels=32, context_width=64, groups=8),
             embed_dim=64, context=20, text_width=64, text_layers=2, text_heads=2, late=2.0),
         decoder.UpsamplerConfig(decoder.UNetConfig(size=64, in_channels=6, channels=32,
-                                                   mults=(1, 1), groups=8), late=2.0),
+                                                   mults=(1, 1), groups=8),
+                                eta=1.0, late=2.0),
         decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, channels=16,
                                                    mults=(1, 1), groups=4),
-                                schedule="linear", corruption="bsr", late=2.0),
-        Sampling(guidance=2.0, decoder_steps=50, upsampler_steps=(10, 5)))
+                                schedule="linear", corruption="bsr", late=2.0, start=450),
+        Sampling(guidance=2.0, decoder_steps=50, upsampler_steps=(10, 4)))
 
 
 def karlo():
@@ -244,7 +245,7 @@ class UnCLIP:
 
     @torch.no_grad()
     def rerank(self, pictures, captions, keep):
-        """Of the N pictures of each caption the `keep` nearest to it, says CLIP.   DALL-E 1 sec. 2.6
+        """Of N pictures of each caption the `keep` nearest to it, says CLIP.   DALL-E sec. 2.6
 
         pictures (B N, 3, H, W), N in a row for each of B captions -> (B keep, 3, H, W).
         """

@@ -397,6 +397,18 @@ def test_the_schedule_stays_on_the_cpu_in_float64(make):
 # ---------------------------------------------------------------- upsamplers
 
 
+def test_after_fit_every_direction_of_the_data_begins_equally_large(own_words):
+    """Data with stds 1, 1/2, ..., 1/8 along random axes: the projections' outputs forget that."""
+    axes = torch.linalg.qr(rand(8, 8))[0]
+    std = 1 / torch.arange(1.0, 9)
+    z = rand(4000, 8, number=1) * std @ axes.T + 3
+    own_words.fit(z)
+    for layer in (own_words.image_emb, own_words.image_tokens):
+        assert layer(z).mean(0).abs().max() < 1e-2, "the mean of the data is not subtracted"
+        size = (layer.weight @ axes * std).norm(dim=0)               # of what each axis gives
+        assert size.max() / size.min() < 1.6, f"{size}: cov^(-1/2), not cov^(-1) or cov^(1/2)"
+
+
 @pytest.fixture
 def upsampler():
     return refill(decoder.Upsampler(decoder.UpsamplerConfig(

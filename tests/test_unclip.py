@@ -1,7 +1,6 @@
-"""The whole stack: presets, checkpoints, sampling, the command line and what it says to bad input."""
+"""The whole stack: presets, checkpoints, sampling, the command line and its answers to bad input."""
 import copy
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ def tiny_config():
     config.ar_prior = dataclasses.replace(config.ar_prior, embed_dim=16, components=8, buckets=16,
                                           text_width=32, text_layers=1, text_heads=1, width=32,
                                           layers=1, heads=1)
-    config.decoder = dataclasses.replace(config.decoder, embed_dim=16, text_width=32, text_layers=1,
+    config.decoder = dataclasses.replace(config.decoder, embed_dim=16, text_layers=1,
                                          text_heads=1)
     config.decoder.unet = dataclasses.replace(config.decoder.unet, mults=(1, 1), attention=(8,))
     config.sampling = unclip.Sampling(prior_steps=3, decoder_steps=3, upsampler_steps=(2, 2))
@@ -83,8 +82,9 @@ def test_the_stages_draw_in_the_documented_order(stack):
         patch.setattr(torch, "randn", counting)
         draw(stack)
     D = stack.config.clip.embed_dim
-    assert sizes == [(2, D)] * 3 + [(1, 3, 16, 16)] * 3 + [(1, 3, 64, 64), (1, 3, 256, 256)], \
-        "2 candidates, 3 steps of which the last adds no noise, then DDIM, which adds none"
+    assert sizes == ([(2, D)] * 3 + [(1, 3, 16, 16)] * 3
+                     + [(1, 3, 64, 64)] * 2 + [(1, 3, 256, 256)]), \
+        "2 candidates; a start for each stage, one draw per step but the last, none for DDIM"
 
 
 def test_save_and_load_give_the_same_stack(stack, tmp_path):
@@ -143,7 +143,8 @@ def test_every_picture_of_a_batch_is_independent(stack):
     text = stack.encode_text([CAPTION, "a red circle"])
     z = clip.unit(torch.randn(2, stack.config.clip.embed_dim))
     a = stack.draw(z, text, generator=torch.Generator().manual_seed(0))
-    b = stack.draw(z * torch.tensor([[1.0], [-1.0]]), text, generator=torch.Generator().manual_seed(0))
+    z = z * torch.tensor([[1.0], [-1.0]])
+    b = stack.draw(z, text, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(a[0], b[0], atol=1e-5) and not torch.allclose(a[1], b[1], atol=1e-3)
 
 
@@ -182,9 +183,18 @@ def test_build_gives_each_caller_a_configuration_of_their_own():
 # ---------------------------------------------------------------- the command line
 
 
-def command(*words, folder=ROOT):
-    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+@pytest.fixture
+def command(files, monkeypatch, capsys):
+    """(main, words) -> exit status, what was printed, what was said on the error channel."""
+    def run(main, *words):
+        monkeypatch.chdir(files)
+        try:
+            main(list(words))
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -205,12 +215,11 @@ def files(stack, tmp_path_factory):
     return folder
 
 
-def test_sample_writes_a_picture_and_says_where(files):
-    out = command(str(ROOT / "unclip.py"), "sample", CAPTION, "a mauve circle", "-n", "2",
-                  "--weights", "good.pt", "--rerank", "2", "-o", "two.png", folder=files)
-    assert out.returncode == 0, out.stderr
-    assert "two.png" in out.stdout
-    assert "never met: mauve" in out.stderr and "circle" in out.stderr
+def test_sample_writes_a_picture_and_says_where(files, command):
+    status, said, warned = command(unclip.main, "sample", CAPTION, "a mauve circle", "-n", "2",
+                                   "--weights", "good.pt", "--rerank", "2", "-o", "two.png")
+    assert status == 0 and "two.png" in said
+    assert "never met: mauve" in warned and "circle" in warned
     H, W = clip.read_picture(files / "two.png").size
     assert H == W and H > 2 * 256
 
@@ -232,21 +241,28 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_one_sentence_and_exit_status_2(files, what):
+def test_bad_input_is_one_sentence_and_exit_status_2(command, what):
     options, says = BAD[what]
-    out = command(str(ROOT / "unclip.py"), "sample", "a red circle", *options, folder=files)
-    assert out.returncode == 2, out.stderr
-    assert says in out.stderr and "Traceback" not in out.stderr, out.stderr
+    status, _, complaint = command(unclip.main, "sample", "a red circle", *options)
+    assert status == 2 and says in complaint, complaint
+    assert "Traceback" not in complaint
 
 
 @pytest.mark.parametrize("caption", ["", "a red circle " * 30])
-def test_a_bad_caption_is_one_sentence_too(files, caption):
-    out = command(str(ROOT / "unclip.py"), "sample", caption, "--weights", "good.pt", folder=files)
-    assert out.returncode == 2 and "Traceback" not in out.stderr and "expected" in out.stderr
+def test_a_bad_caption_is_one_sentence_too(command, caption):
+    status, _, complaint = command(unclip.main, "sample", caption, "--weights", "good.pt")
+    assert status == 2 and complaint.startswith("error: expected captions")
 
 
-@pytest.mark.parametrize("words", [["unclip.py"], ["unclip.py", "sample"], ["train_toy.py"],
-                                   ["train_toy.py", "read"], ["train_toy.py", "evaluate"]])
-def test_every_command_explains_itself(words):
-    out = command(*words, "--help")
-    assert out.returncode == 0 and "usage" in out.stdout
+@pytest.mark.parametrize("main, words", [
+    (unclip.main, []), (unclip.main, ["sample"]), (train_toy.main, []), (train_toy.main, ["read"]),
+    (train_toy.main, ["evaluate"]), (train_toy.main, ["gallery"])])
+def test_every_command_explains_itself(command, main, words):
+    status, said, _ = command(main, *words, "--help")
+    assert status == 0 and said.startswith("usage")
+
+
+def test_the_script_itself_ends_with_status_2_and_no_traceback():
+    out = subprocess.run([sys.executable, str(ROOT / "unclip.py"), "sample", "a", "--weights", "no"],
+                         capture_output=True, text=True)
+    assert out.returncode == 2 and out.stderr.startswith("error: there is no file no")

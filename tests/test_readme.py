@@ -1,0 +1,67 @@
+"""The README's claims: its tables, the names it mentions, the commands it shows."""
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import clip
+import decoder
+import diffusion
+import prior
+import train_toy
+import unclip
+
+ROOT = Path(unclip.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHAPTERS = {"diffusion": diffusion, "clip": clip, "prior": prior, "decoder": decoder,
+            "unclip": unclip, "train_toy": train_toy}
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_the_file_table_has_every_chapter_and_its_length(name):
+    stated = re.search(rf"\| `{name}\.py` \|.*\| (\d+) \|", README)
+    assert stated, f"{name}.py is missing in the table of files"
+    lines = len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines())
+    assert abs(int(stated[1]) - lines) <= 0.05 * lines, f"{name}.py has {lines} lines"
+
+
+def test_every_function_on_the_map_exists():
+    section = README.split("## The paper, and where it is")[1].split("\n## ")[0]
+    names = set(re.findall(r"`([A-Za-z_][\w.]*)`", section))
+    assert len(names) > 20
+    for name in names:
+        first, *rest = name.strip(".").split(".")
+        homes = [module for module in CHAPTERS.values() if hasattr(module, first)]
+        found = any(not rest or hasattr(getattr(m, first), rest[0]) for m in homes)
+        method = any(hasattr(kind, first) for m in CHAPTERS.values() for kind in vars(m).values()
+                     if isinstance(kind, type))
+        assert found or method, f"the README mentions {name}, which is nowhere"
+
+
+def test_the_numbers_are_those_that_evaluate_wrote():
+    content = json.loads((ROOT / "pictures/evaluation.json").read_text())
+    for line in train_toy.markdown(content["rows"]).splitlines():
+        assert line in README, f"not in the README: {line}"
+    assert content["captions"] in README
+
+
+def test_every_picture_is_there():
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_every_command_is_one_that_exists(monkeypatch, capsys):
+    """Each `python FILE WORDS` of the README is understood; it stops where it would begin to work."""
+    begun = []
+    monkeypatch.setattr(unclip, "stop_on_error", lambda run, args: begun.append(run))
+    lines = re.findall(r"^(?:.*&& )?python (\S+\.py)([^\n#]*)", README, re.M)
+    assert len(lines) >= 7
+    for file, words in lines:
+        if file == "clip.py":                            # it begins by looking for its files
+            assert clip.main(shlex.split(words)) == 2
+            assert "ViT-L-14.pt" in capsys.readouterr().err
+        else:
+            {"unclip.py": unclip, "train_toy.py": train_toy}[file].main(shlex.split(words))
+            assert begun.pop(), f"python {file}{words}"
