@@ -448,7 +448,7 @@ class Folder:
     """The user's own pictures: NAME.png or NAME.jpg beside NAME.txt, of any size.
 
     Resized and centre-cropped to the size asked for; unreadable pairs are skipped and counted.
-    ValueError if none is left.
+    ValueError if fewer than two are left.
     """
     group, easy = 1, 1.0
 
