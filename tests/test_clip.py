@@ -2,7 +2,6 @@
 
 Reading the weights of others is in test_checkpoints.py.
 """
-import copy
 import gzip
 import itertools
 import json
