@@ -1001,5 +1001,27 @@ def main(arguments=None):
     return 0
 
 
+def demo():
+    """Six pictures of the toy world, six captions: what belongs together, says the toy's CLIP."""
+    import random
+
+    import train_toy                             # these stand below: only the demo looks there
+    import unclip
+    captions = ("a small red circle", "a large red circle", "a small red square",
+                "a small red circle above a large blue square",
+                "a small blue circle above a large red square",
+                "a small red circle below a large blue square")
+    stack = unclip.load(unclip.HERE / "weights/toy.pt")
+    pictures = torch.stack([train_toy.render(train_toy.place(train_toy.parse(text),
+                                                             random.Random(0)), 32)
+                            for text in captions])
+    tokens = stack.tokenizer(captions, stack.config.clip.context)
+    shares = zero_shot(stack.parts["clip"], pictures, tokens)                  # (6, 6)
+    print("each row a picture; columns: how likely is it of caption A, B, ...?\n" + " " * 50
+          + "".join(f"{letter:>6}" for letter in "ABCDEF"))
+    for letter, text, row in zip("ABCDEF", captions, shares.tolist()):
+        print(f"{letter}  {text:<47}" + "".join(f"{share:6.0%}" for share in row))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main() if len(sys.argv) > 1 else demo())

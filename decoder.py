@@ -220,7 +220,24 @@ class DecoderConfig:
     text_heads: int = 4             # 32
     T: int = 1000
     schedule: str = "cosine"
-    late: float = 1.0               # see diffusion.random_times; the toy has 2: so it learns faster
+    velocity: bool = False          # see `to_eps`; True in the toy only
+
+
+def to_eps(config, alphabar, out, x_t, t):
+    """What a U-Net says, (B, 3 or 6, H, W), with eps in front.
+
+    As it is; or, with config.velocity, from velocity, which is the same thing said differently: a
+    small network, trained for minutes, spends most of them on copying the noise to the last digit.
+    """
+    if not config.velocity:
+        return out
+    eps = diffusion.eps_from_velocity(alphabar, x_t, t, out[:, :3])
+    return torch.cat([eps, out[:, 3:]], dim=1)
+
+
+def eps_weight(config, alphabar, t):
+    """How much an error in eps counts, t (B,) -> (B,): 1; 1 / ab_t makes it one in velocity."""
+    return (1 / alphabar[t] if config.velocity else torch.ones(len(t))).float()
 
 
 class Decoder(nn.Module):
@@ -254,10 +271,11 @@ class Decoder(nn.Module):
 
         W = R cov^(-1/2), b = -W mean with R random: what tells one picture from another begins as
         large as what all share. (Swapped captions are 0.9 alike; a network that has to enlarge the
-        difference first learns who is red last.) Directions under 0.1 % of the largest stay small.
+        difference first learns who is red last.) Directions under 2 % of the largest stay small:
+        they say little of what captions say.
         """
         power, basis = torch.linalg.eigh(z_i.T.cov())
-        white = basis / power.clamp(min=1e-3 * power[-1]).sqrt() @ basis.T                # (D, D)
+        white = basis / power.clamp(min=0.02 * power[-1]).sqrt() @ basis.T                # (D, D)
         for layer in (self.image_emb, self.image_tokens):
             layer.weight.copy_(torch.randn_like(layer.weight) @ white / len(white) ** 0.5)
             layer.bias.copy_(-layer.weight @ z_i.mean(0))
@@ -282,7 +300,8 @@ class Decoder(nn.Module):
 
     def forward(self, x_t, index, z_i, text):
         """x_t (B, 3, H, W), index (B,) = t - 1 -> eps and v (B, 6, H, W)."""
-        return self.unet(x_t, index, *self.condition(z_i, text))
+        out = self.unet(x_t, index, *self.condition(z_i, text))
+        return to_eps(self.config, self.alphabar, out, x_t, index.cpu() + 1)
 
     def loss(self, x0, z_i, text):
         """x0 (B, 3, H, W) in [-1, 1] -> (B,): IDDPM's hybrid loss.   Sec. 2.1
@@ -290,14 +309,15 @@ class Decoder(nn.Module):
         z_i is dropped in 10 % of the rows, the caption in 50 %, one regardless of the other.
         """
         B, c = len(x0), self.config
-        t = diffusion.random_times(c.T, B, c.late)
+        t = diffusion.random_times(c.T, B)
         eps = torch.randn(x0.shape).to(x0)
         keep_image = (torch.rand(B, 1) >= 0.1).to(x0.device)
         keep_text = (torch.rand(B) >= 0.5).to(x0.device)
         z_i = torch.where(keep_image, z_i, self.null_image)                    # (B, D)
         x_t = diffusion.q_sample(self.alphabar, x0, t, eps)
         out = self(x_t, (t - 1).to(x0.device), z_i, text.drop(keep_text))      # (B, 6, H, W)
-        return diffusion.hybrid_loss(self.alphabar, out.float(), x0, x_t, t, eps)
+        return diffusion.hybrid_loss(self.alphabar, out.float(), x0, x_t, t, eps,
+                                     eps_weight(c, self.alphabar, t).to(x0.device))
 
     def denoiser(self, z_i, text, guidance=1.0, null=None):
         """(x_t, t) -> eps and v. All that is constant over the steps is done here, once.
@@ -312,9 +332,10 @@ class Decoder(nn.Module):
         emb, kv, mask = self.condition(z_i, text)
 
         def denoise(x_t, t):
-            x = x_t.to(emb.dtype).repeat(len(emb) // B, 1, 1, 1)               # (B', 3, H, W)
+            x = x_t.repeat(len(emb) // B, 1, 1, 1)                             # (B', 3, H, W)
             index = torch.full((len(x),), t - 1, device=x.device)
-            out = self.unet(x, index, emb, kv, mask).float()                   # (B', 6, H, W)
+            out = self.unet(x.to(emb.dtype), index, emb, kv, mask).float()     # (B', 6, H, W)
+            out = to_eps(self.config, self.alphabar, out, x, t)
             return diffusion.guide_eps(*out.chunk(2), guidance) if guidance != 1 else out
 
         return denoise
@@ -332,6 +353,36 @@ class Decoder(nn.Module):
                              x.to(z_i.device),
                              diffusion.spaced_timesteps(self.config.T, steps), clamp=1.0,
                              variance="learned", generator=generator, progress=progress)
+        return x.clamp(-1, 1)
+
+    def ddim_times(self, steps):
+        """Times for both ways between picture and noise; 250 are ADM's: 1, 5, ..., 997.
+
+        Not t = T: there an error in eps comes out 20,000 times larger in x0.
+        """
+        return diffusion.spaced_timesteps(self.config.T - 3 * self.config.T // 1000, steps)
+
+    @torch.no_grad()
+    def invert(self, x, z_i, text, steps=250, null=None, progress=None):
+        """The noise x_T that DDIM turns into this picture: x (B, 3, size, size) -> the same shape.
+
+        With z_i it is all there is to know of the picture: the "bipartite latent" (z_i, x_T) of
+        sec. 3. No guidance and no clamp: both would enlarge the error of the way back, `decode`.
+        """
+        return diffusion.invert(self.denoiser(z_i, text, null=null), self.alphabar, x,
+                                self.ddim_times(steps), progress=progress)
+
+    @torch.no_grad()
+    def decode(self, z_i, x_T, text, steps=250, eta=0.0, guidance=1.0, generator=None, null=None,
+               progress=None):
+        """z_i (B, D) and the noise x_T (B, 3, size, size) -> pictures in [-1, 1].   Sec. 3.1
+
+        DDIM. With guidance 1, eta = 0 and the steps of `invert` the inverted picture comes back;
+        a larger eta forgets more of x_T.
+        """
+        x = diffusion.sample(self.denoiser(z_i, text, guidance, null), self.alphabar, x_T,
+                             self.ddim_times(steps), eta=eta, generator=generator,
+                             progress=progress)
         return x.clamp(-1, 1)
 
 
@@ -514,10 +565,7 @@ class UpsamplerConfig:
     schedule: str = "cosine"        # cosine, linear
     corruption: str = "blur"        # of the small picture in training: blur, bsr
     eta: float | None = 0.0         # DDIM's, 0 (the toy: 1); None: ancestral (Karlo)
-    late: float = 1.0               # see diffusion.random_times; the toy has 2
-    start: int = 0                  # 0: sampling starts from pure noise (paper). The toy's: from the
-    #                                 enlarged small picture, noised to this time. Nearer to T an
-    #                                 error in eps shifts the shade of all of x0, for good
+    velocity: bool = False          # see `to_eps`; True in the toy only
     last: bool = False              # a second U-Net for the last step (Karlo)
 
 
@@ -539,7 +587,8 @@ class Upsampler(nn.Module):
     def forward(self, x_t, index, low):
         """x_t (B, 3, H, W), index (B,) = t - 1, low (B, 3, H / 4, W / 4) -> eps (and v)."""
         large = enlarge(low, x_t.shape[2]).to(x_t.dtype)                       # (B, 3, H, W)
-        return self.unet(torch.cat([x_t, large], dim=1), index)                # (B, out, H, W)
+        out = self.unet(torch.cat([x_t, large], dim=1), index)                 # (B, out, H, W)
+        return to_eps(self.config, self.alphabar, out, x_t, index.cpu() + 1)
 
     def prepare(self, high, crops=1):
         """Whole pictures (B, 3, S, S) -> windows for training, each with its damaged small twin.
@@ -562,21 +611,22 @@ class Upsampler(nn.Module):
 
         A network without v learns the simple loss.
         """
-        t = diffusion.random_times(self.config.T, len(x0), self.config.late)
+        t = diffusion.random_times(self.config.T, len(x0))
         eps = torch.randn(x0.shape).to(x0)
         x_t = diffusion.q_sample(self.alphabar, x0, t, eps)
         out = self(x_t, (t - 1).to(x0.device), low).float()
+        weight = eps_weight(self.config, self.alphabar, t).to(x0.device)       # (B,)
         if out.shape[1] == 3:
-            return diffusion.simple_loss(out, eps)
-        return diffusion.hybrid_loss(self.alphabar, out, x0, x_t, t, eps)
+            return weight * diffusion.simple_loss(out, eps)
+        return diffusion.hybrid_loss(self.alphabar, out, x0, x_t, t, eps, weight)
 
     def times(self, steps):
         """The times to sample at: evenly spaced with both ends, if nothing better is known.
 
         Better for DDIM: GLIDE's 27, or a whole stride where there is one (it spares t = T).
         """
-        if self.config.eta is None or self.config.start:
-            return diffusion.spaced_timesteps(self.config.start or self.config.T, steps)
+        if self.config.eta is None:
+            return diffusion.spaced_timesteps(self.config.T, steps)
         if steps == 27:
             return diffusion.glide27_timesteps(self.config.T)
         try:
@@ -584,25 +634,29 @@ class Upsampler(nn.Module):
         except ValueError:
             return diffusion.spaced_timesteps(self.config.T, steps)
 
+    def denoiser(self, low):
+        """(x_t, t) -> eps (and v) for low (B, 3, h, h), which is enlarged once, here."""
+        dtype = self.unet.conv_in.weight.dtype
+        large = enlarge(low, 4 * low.shape[2]).to(dtype)                       # (B, 3, 4 h, 4 h)
+
+        def denoise(x_t, t):
+            unet = self.last if self.last is not None and t == 1 else self.unet
+            index = torch.full((len(x_t),), t - 1, device=x_t.device)
+            out = unet(torch.cat([x_t.to(dtype), large], dim=1), index).float()
+            return to_eps(self.config, self.alphabar, out, x_t, t)
+
+        return denoise
+
     @torch.no_grad()
     def sample(self, low, steps=27, generator=None, progress=None):
         """low (B, 3, h, h) in [-1, 1] -> (B, 3, 4 h, 4 h) in [-1, 1]; h = config.unet.size / 4.
 
         Other sizes run too, for pictures unlike those it was trained on.
         """
-        size, dtype = 4 * low.shape[2], self.unet.conv_in.weight.dtype
-        large = enlarge(low, size).to(dtype)                 # once, not at every step
-
-        def denoise(x_t, t):
-            unet = self.last if self.last is not None and t == 1 else self.unet
-            index = torch.full((len(x_t),), t - 1, device=x_t.device)
-            return unet(torch.cat([x_t.to(dtype), large], dim=1), index).float()
-
+        size = 4 * low.shape[2]
         x = torch.randn(len(low), 3, size, size, generator=generator,
                         device=generator.device if generator else None).to(low.device)
-        if self.config.start:
-            x = diffusion.q_sample(self.alphabar, large.float(), self.config.start, x)
-        x = diffusion.sample(denoise, self.alphabar, x, self.times(steps), clamp=1.0,
+        x = diffusion.sample(self.denoiser(low), self.alphabar, x, self.times(steps), clamp=1.0,
                              eta=self.config.eta, generator=generator, progress=progress)
         return x.clamp(-1, 1)
 
@@ -730,3 +784,37 @@ def load_karlo_upsampler(folder, device="cpu", dtype=torch.float32):
                for name, weight in clip.rename(getattr(model, ours), weights, DIFFUSERS_UNET,
                                                path).items()}
     return clip.settle(model, renamed, device, dtype)
+
+
+# ---------------------------------------------------------------- demo: python decoder.py
+
+
+def demo(path="stages.png"):
+    """One picture denoised: what the decoder is given at eight times, and what it sees in it."""
+    import unclip                                # it stands below: only the demo looks there
+    model = unclip.load(unclip.HERE / "weights/toy.pt")
+    text = model.encode_text(["a small red circle above a large blue square"])
+    z_i = model.embed(text, generator=torch.Generator().manual_seed(0))
+    part, given, seen = model.parts["decoder"], [], []
+    denoise = part.denoiser(z_i, text, model.config.sampling.guidance)
+    times = diffusion.spaced_timesteps(part.config.T, 50)
+
+    def watch(x_t, t):
+        out = denoise(x_t, t)
+        if times.index(t) % 7 == 0:
+            x0 = diffusion.predict_x0(part.alphabar, x_t, t, out[:, :3])
+            given.append(x_t.clamp(-1, 1))
+            seen.append(x0.clamp(-1, 1))
+        return out
+
+    size = part.config.unet.size
+    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
+    diffusion.sample(watch, part.alphabar, x, times, clamp=1.0, variance="learned",
+                     generator=torch.Generator().manual_seed(2))
+    sheet = F.interpolate(torch.cat(given + seen), 8 * size, mode="nearest")
+    unclip.save_grid(sheet, path, columns=len(given))
+    print(f"wrote {path}: above x_t from noise to picture, below the x0 predicted from each")
+
+
+if __name__ == "__main__":
+    demo()

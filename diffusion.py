@@ -153,6 +153,16 @@ def _two_times(alphabar, t, s, order="s < t (steps go towards the data)"):
     return alphabar[t], alphabar[s]
 
 
+def eps_from_velocity(alphabar, x_t, t, velocity):
+    """The noise, of a network that says  velocity = sqrt(ab_t) eps - sqrt(1 - ab_t) x0.
+
+        eps = sqrt(ab_t) velocity + sqrt(1 - ab_t) x_t          Salimans & Ho 2022, app. D
+    It need not copy the noise, and its errors stay as they are in  x0 = sqrt(ab_t) x_t -
+    sqrt(1 - ab_t) velocity, where those of eps come out sqrt(1 / ab_t - 1) times larger.
+    """
+    return like(alphabar[t].sqrt(), x_t) * velocity + like((1 - alphabar[t]).sqrt(), x_t) * x_t
+
+
 def q_posterior(alphabar, x0, x_t, t, s):
     """Where to land at time s < t if we knew x0: the Gaussian q(x_s | x_t, x0).
 
@@ -253,14 +263,13 @@ def discretized_log_likelihood(x, mean, log_std):
     return (above - below).clamp(min=1e-12).log()
 
 
-def random_times(T, B, late=1.0):
-    """Times to train at, (B,) long in 1..T: T u^(1 / late) rounded up, u uniform.
+def random_times(T, B):
+    """Times to train at, (B,) long, each of 1..T equally likely.   DDPM alg. 1
 
-    late = 1 draws all of them evenly (DDPM alg. 1, and the paper). With late > 1 the noisy ones
-    come more often, P(t <= a T) = a^late: there things and places are settled, and a predicted
-    x0 is at its most sensitive to errors in eps.
+    One from each of B equal parts of 1..T, so that every batch has its share of early and late
+    ones and the gradient less noise.   VDM (Kingma et al. 2021) app. I.1
     """
-    return 1 + (T * torch.rand(B) ** (1 / late)).long().clamp(max=T - 1)
+    return 1 + (T * (torch.arange(B) + torch.rand(B)) / B).long().clamp(max=T - 1)
 
 
 def simple_loss(eps_hat, eps):
@@ -289,17 +298,18 @@ def vlb_loss(alphabar, eps_hat, v, x0, x_t, t):
     return nats.flatten(1).mean(1) / math.log(2)
 
 
-def hybrid_loss(alphabar, out, x0, x_t, t, eps):
+def hybrid_loss(alphabar, out, x0, x_t, t, eps, weight=1.0):
     """L_simple for the mean, the variational bound for the variance.   IDDPM eq. 16.
 
-        L = |eps - eps_hat|^2 + (T / 1000) vlb(stopped eps_hat, v)
+        L = weight |eps - eps_hat|^2 + (T / 1000) vlb(stopped eps_hat, v)
     out (B, 2C, ...) = eps_hat, then v, on axis 1; x0, x_t, eps (B, C, ...); t (B,)  ->  (B,).
+    weight: 1 as published, or (B,).
     Surprise: the paper's 0.001 multiplies a *sum* of T terms, so one sampled term, standing for
     all T, weighs T / 1000. The gradient of the bound reaches v only.
     """
     eps_hat, v = out.chunk(2, dim=1)
     vlb = vlb_loss(alphabar, eps_hat.detach(), v, x0, x_t, t)
-    return simple_loss(eps_hat, eps) + (len(alphabar) - 1) / 1000 * vlb
+    return weight * simple_loss(eps_hat, eps) + (len(alphabar) - 1) / 1000 * vlb
 
 
 # --------------------------------------------------------------------------------------- guidance
@@ -426,3 +436,55 @@ def slerp(a, b, share):
     W = torch.where(straight, torch.ones_like(W), W)
     arc = (((1 - share) * W).sin() * a + (share * W).sin() * b) / W.sin()
     return torch.where(straight, (1 - share) * a + share * b, arc)
+
+
+# ------------------------------------------------------------------------ demo: python diffusion.py
+# Diffusion before there is any network: for a mixture of Gaussians the best denoiser is a formula.
+
+
+def mixture_x0(alphabar, x_t, t, centres, std):
+    """E[x0 | x_t] if x0 comes from equally likely Gaussians: the denoiser that nothing can beat.
+
+    x_t (B, D), centres (K, D), std of each -> (B, D). Bayes: how likely is each centre, given x_t,
+    and where would x0 be if it were that one?
+    """
+    a, var = alphabar[t].sqrt(), alphabar[t] * std ** 2 + 1 - alphabar[t]      # of x_t round a m_k
+    off = x_t[:, None] - like(a, x_t) * centres                                # (B, K, D)
+    weight = (-off.square().sum(2) / (2 * like(var, x_t))).softmax(1)          # (B, K)
+    x0 = centres + like(a * std ** 2 / var, x_t) * off                         # (B, K, D)
+    return (weight[:, :, None] * x0).sum(1)
+
+
+def in_characters(points, rows=11, columns=22, reach=3.0):
+    """Points (N, 2) -> lines of text, the darker the more points."""
+    counts = torch.histogramdd(points.flip(1), bins=[rows, columns],
+                               range=[-reach, reach, -reach, reach]).hist
+    shade = (counts / counts.max()).sqrt().mul(9).round().int()
+    return ["".join(" .:-=+*#%@"[i] for i in row) for row in shade.tolist()]
+
+
+def demo():
+    torch.manual_seed(0)
+    alphabar, std = cosine_alphabar(1000), 0.2
+    angle = torch.arange(5) * 2 * math.pi / 5
+    centres = 1.8 * torch.stack([angle.sin(), -angle.cos()], dim=1)            # (5, 2) a pentagon
+    x0 = centres[torch.randint(5, (4000,))] + std * torch.randn(4000, 2)
+    times = [0, 250, 500, 750, 1000]
+    noised = [q_sample(alphabar, x0, t, torch.randn_like(x0)) if t else x0 for t in times]
+    x, undone = torch.randn(4000, 2), {}
+
+    def denoise(x_t, t):
+        undone[t] = x_t
+        return mixture_x0(alphabar, x_t, t, centres, std)
+
+    undone[0] = sample(denoise, alphabar, x, list(range(10, 1001, 10)), predicts="x0")
+    undone = [undone[t] for t in times]
+    for title, clouds in (("data, more and more noise", noised), ("and back, from noise alone:",
+                                                                  undone)):
+        print(f"\n{title}\n" + "  ".join(f"t = {t}".ljust(22) for t in times))
+        for line in zip(*(in_characters(cloud) for cloud in clouds)):
+            print("  ".join(line).rstrip())
+
+
+if __name__ == "__main__":
+    demo()

@@ -413,3 +413,36 @@ def load_karlo(folder, device="cpu", dtype=torch.float32):
         model = DiffusionPrior(config)
     weights = clip.rename(model, weights, DIFFUSERS, path)
     return clip.settle(model, weights | {"cov": torch.zeros(config.T + 1)}, device, dtype)
+
+
+# ---------------------------------------------------------------- demo: python prior.py
+
+
+def demo(steps=64):
+    """One embedding sampled step by step, and which of four captions it comes to mean."""
+    import unclip                                # it stands below: only the demo looks there
+    captions = ["a small red circle above a large blue square", "a large blue square",
+                "a small green cross above a large blue square", "a large yellow triangle"]
+    model = unclip.load(unclip.HERE / "weights/toy.pt")
+    part, text = model.parts["diffusion_prior"], model.encode_text(captions)
+    mine = clip.Text(*(x[:1] for x in text))
+    denoise, times = part.denoiser(mine), diffusion.spaced_timesteps(part.config.T, steps)
+    print(f"sampling z_i for {captions[0]!r}\ncosine of the predicted z_i to the captions' z_t:")
+    print(" " * 9 + "".join(f"{words:>26.24}" for words in captions))
+
+    def watch(x_t, t):
+        x0 = denoise(x_t, t)
+        if times.index(t) % 7 == 0:
+            cosines = (unit(part.unscale(x0)) @ unit(text.z_t).T)[0].tolist()
+            print(f"t = {t:4d} " + "".join(f"{'#' * round(14 * max(0, c)):>19} {c:6.2f}"
+                                           for c in cosines))
+        return x0
+
+    x = torch.randn(1, part.config.embed_dim, generator=torch.Generator().manual_seed(0))
+    diffusion.sample(watch, part.alphabar, x, times, predicts="x0",
+                     variance=part.cov.cpu().double(),
+                     generator=torch.Generator().manual_seed(1))
+
+
+if __name__ == "__main__":
+    demo()

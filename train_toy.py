@@ -15,6 +15,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import random
@@ -31,10 +32,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import clip
 import decoder
+import diffusion
 import prior
 import unclip
 
@@ -525,7 +528,7 @@ class Data:
 
 @dataclass
 class Stage:
-    """How one part is trained: a warm-up, and from 60 % of the steps a line to zero.
+    """How one part is trained: a warm-up, then a cosine to zero.
 
     Adam with decoupled weight decay (not on gains and biases), as in the paper. With `muon` the
     inner matrices and convolutions are moved by torch.optim.Muon at that learning rate instead: in
@@ -541,14 +544,14 @@ class Stage:
 
 
 STAGES = {
-    "clip": Stage(steps=1600, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.1, beta2=0.98),
-    "diffusion_prior": Stage(steps=400, batch=128, lr=1e-3, muon=3e-3, weight_decay=0.06,
+    "clip": Stage(steps=1900, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.1, beta2=0.98),
+    "diffusion_prior": Stage(steps=500, batch=128, lr=1e-3, muon=3e-3, weight_decay=0.06,
                              beta2=0.96, ema=0.99),
-    "ar_prior": Stage(steps=350, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.04, beta2=0.96,
+    "ar_prior": Stage(steps=1000, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.04, beta2=0.96,
                       ema=0.99),
-    "decoder": Stage(steps=950, batch=64, lr=1e-3, muon=3e-3, ema=0.99),
-    "upsampler1": Stage(steps=700, batch=32, lr=2e-3, muon=3e-3, ema=0.99),
-    "upsampler2": Stage(steps=900, batch=8, lr=2e-3, muon=3e-3, ema=0.99),
+    "decoder": Stage(steps=2500, batch=64, lr=1e-3, muon=3e-3, ema=0.99),
+    "upsampler1": Stage(steps=500, batch=32, lr=2e-3, muon=3e-3, ema=0.99),
+    "upsampler2": Stage(steps=700, batch=8, lr=2e-3, muon=3e-3, ema=0.99),
 }
 
 
@@ -568,7 +571,7 @@ def optimizers(model, stage):
         betas=(0.9, stage.beta2), weight_decay=stage.weight_decay, fused=True)
     if not pairs:
         return [adam], pairs
-    muon = torch.optim.Muon([{"params": [m for _, m in pairs], "peak": stage.muon}], ns_steps=3,
+    muon = torch.optim.Muon([{"params": [m for _, m in pairs], "peak": stage.muon}],
                             weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [adam, muon], pairs
 
@@ -605,7 +608,7 @@ def expectation(name, model, data, batch):
         return "0.289 (17.2^2 / 1024) is what predicting 0 gives"
     if name == "ar_prior":
         return f"from log({model.config.buckets}) = {math.log(model.config.buckets):.2f}, a guess"
-    return "1 is what predicting no noise gives; the variational bound comes on top"
+    return "about 1 from a network that says 0; the variational bound comes on top"
 
 
 def train(name, stage, model, data, seed, state, save, save_seconds=20.0, sam=0.0):
@@ -631,7 +634,7 @@ def train(name, stage, model, data, seed, state, save, save_seconds=20.0, sam=0.
             torch.manual_seed(seed * 1_000_003 + step)
             return batch_loss(name, model, data, stage.batch, step / stage.steps)
 
-        height = min(1, (step + 1) / warmup, (1 - step / stage.steps) / 0.6)
+        height = min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / stage.steps))
         for group in (g for opt in opts for g in opt.param_groups):
             group["lr"] = height * group["peak"]
         model.zero_grad()
@@ -712,6 +715,7 @@ def run(args):
             data.embed(part)
         elif model.parts["decoder"] is not None:
             draw_samples(model, data, out / f"{name}.png")
+    model.seconds = state["seconds"]
     model.save(out / "toy.pt", dtype=torch.half)
     each = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in state["seconds"].items())
     print(f"wrote {out / 'toy.pt'}; trained in {sum(state['seconds'].values()) / 60:.1f} minutes: "
@@ -785,11 +789,12 @@ def frechet(a, b):
 
 WAYS = ("diffusion prior", "AR prior", "true image embedding", "text embedding in its place",
         "caption alone")
+BEST = "diffusion prior, best of 4"               # drawn four times, CLIP chooses: the default
 
 
 def embeddings(model, text, pictures, way, generator):
     """The image embedding that the decoder is given, (B, D), in one of WAYS (paper fig. 8)."""
-    if way.endswith("prior"):
+    if "prior" in way:
         return model.embed(text, which=way.split()[0].lower(), generator=generator)
     return {"true image embedding": clip.unit(model.encode_image(pictures)),
             "text embedding in its place": clip.unit(text.z_t),
@@ -815,15 +820,22 @@ def evaluate(args):
              for _ in range(2)]
     for way in args.ways:
         generator, seen, drawn, twice = torch.Generator().manual_seed(args.seed), [], [], []
+
+        def draw(i):
+            """Small pictures of the captions i to i + 19."""
+            captions = [caption(scene) for scene in scenes[i:i + 20]]
+            text = model.encode_text([c for c in captions for _ in range(4 if way == BEST else 1)])
+            z_i = embeddings(model, text, true[i:i + 20], way, generator)
+            x = model.draw(z_i, text, upsampler_steps=(), generator=generator)
+            return model.rerank(x, captions, keep=1) if way == BEST else x
+
         for i in tqdm(range(0, len(scenes), 20), desc=way, leave=False):
-            text = model.encode_text([caption(scene) for scene in scenes[i:i + 20]])
-            z_i, again = (embeddings(model, text, true[i:i + 20], way, generator) for _ in range(2))
-            pictures = model.draw(z_i, text, generator=generator)
+            drawing = draw(i)
+            pictures = model.enlarge(drawing, generator=generator)
             seen += [agrees(a, read(b)) for a, b in zip(scenes[i:i + 20], pictures)]
             drawn.append(model.encode_image(pictures))
             if i < 100:
-                other = model.draw(again, text, upsampler_steps=(), generator=generator)
-                twice.append((decoder.shrink(pictures, model.sizes[0]) - other).square().mean())
+                twice.append((drawing - draw(i)).square().mean())
         row, seen = {"way": way}, iter(seen)
         for name, part in sets.items():
             row[name] = float(np.mean([next(seen) for _ in part]))
@@ -848,6 +860,484 @@ def markdown(table):
     return "\n".join(lines)
 
 
+# ---- The paper's findings, with exact numbers ----------------------------------------------------
+# Each finding is a function (model, out) -> (numbers, sentence) that also draws out/NAME.png. All
+# is measured on the decoder's small pictures, which the reader reads as exactly as large ones; a
+# number is (mean, standard deviation) over SEEDS runs with other scenes and other noise.
+
+SEEDS, PICTURES, STEPS = 3, 20, 50                # runs; pictures in each; DDIM steps, both ways
+
+
+def over_seeds(measure):
+    """measure(seed) -> {key: number}, run for every seed -> {key: (mean, standard deviation)}."""
+    runs = [measure(seed) for seed in range(SEEDS)]
+    return {key: (float(np.mean([run[key] for run in runs])),
+                  float(np.std([run[key] for run in runs], ddof=1))) for key in runs[0]}
+
+
+def some_scenes(seed, n, **options):
+    rng = random.Random(1000 + seed)
+    return [random_scene(rng, **({"part": "test", "unstated": 0.0} | options)) for _ in range(n)]
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def draw_small(model, scenes, way, generator, **options):
+    """The scenes' captions drawn in one of WAYS -> (B, 3, h, h)."""
+    text = model.encode_text([caption(s) for s in scenes])
+    z_i = embeddings(model, text, render_many(scenes, 64), way, generator)
+    return model.draw(z_i, text, upsampler_steps=(), generator=generator, **options)
+
+
+def small_again(model, z_i, x_T, generator=None, **options):
+    return model.decode(z_i, x_T, steps=STEPS, upsampler_steps=(), generator=generator, **options)
+
+
+def share(truths):
+    return float(np.mean([bool(truth) for truth in truths]))
+
+
+def right(scenes, pictures):
+    """The share of pictures in which everything stated is right."""
+    return share(agrees(stated(s), read(x)) for s, x in zip(scenes, pictures))
+
+
+def diversity(a, b, scenes):
+    """How far apart two drawings of each caption are, over that of two true pictures of it."""
+    rng, size = random.Random(0), a.shape[2]
+    true = [render_many([place(stated(s), rng) for s in scenes], size) for _ in range(2)]
+    return float((a - b).square().mean() / (true[0] - true[1]).square().mean())
+
+
+def attributes(scene):
+    """What the reader can get right or wrong, one by one, in the order of `canonical`."""
+    scene = scene.canonical()
+    return {"number": len(scene.things), "relation": scene.relation,
+            **{name: tuple(getattr(t, name) for t in scene.things)
+               for name in ("colour", "shape", "size")}}
+
+
+def draw_curves(path, panels, note):
+    """One chart for each panel (title, x label, x values, {label: [(mean, deviation), ...]}).
+
+    Points are joined where x are numbers, not where they are names.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.7), squeeze=False)
+    for axis, (title, x_label, x, curves) in zip(axes[0], panels):
+        for label, points in curves.items():
+            mean, deviation = np.array(points).T
+            axis.errorbar(range(len(x)), mean, deviation, label=label, marker="o", markersize=3,
+                          capsize=2, linestyle="" if isinstance(x[0], str) else "-")
+        axis.set(title=title, xlabel=x_label, xticks=range(len(x)), xticklabels=x, ylim=(0, None))
+        if len(curves) > 1:
+            axis.legend(fontsize=7)
+    finish(figure, path, note)
+
+
+def draw_grid(path, rows, row_names, column_names, note):
+    """Rows of small pictures (3, h, h), with names at the left and at the top."""
+    across, down = len(rows[0]), len(rows)
+    figure, axes = plt.subplots(down, across, figsize=(0.9 * across + 1, 0.9 * down + 0.6),
+                                squeeze=False)
+    for i, j in itertools.product(range(down), range(across)):
+        axes[i, j].imshow(unclip.to_pil(rows[i][j]), interpolation="nearest")
+        axes[i, j].set(xticks=[], yticks=[])
+        if i == 0:
+            axes[i, j].set_title(column_names[j], fontsize=7)
+        if j == 0:
+            axes[i, j].set_ylabel(textwrap.fill(row_names[i], 16), fontsize=6.5, rotation=0,
+                                  ha="right", va="center")
+    finish(figure, path, note)
+
+
+def finish(figure, path, note):
+    figure.tight_layout()
+    figure.text(0.5, -0.02, textwrap.fill(note, 95), ha="center", va="top", fontsize=8)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+    plt.close(figure)
+
+
+def find_variations(model, out):
+    """Fig. 3: what z_i says stays, the rest varies, more with eta."""
+    etas = (0.0, 0.25, 0.5, 1.0)
+
+    def measure(seed):
+        scenes, generator, row = some_scenes(seed, PICTURES), seeded(seed), {}
+        z_i, x_T = model.latent(render_many(scenes, 64), STEPS)
+        row["PSNR of the reconstruction"] = psnr(small_again(model, z_i, x_T),
+                                                 render_many(scenes, model.sizes[0]))
+        for eta in etas:
+            a, b = (small_again(model, z_i, x_T, generator, eta=eta) for _ in range(2))
+            row[f"kept, eta {eta}"] = (right(scenes, a) + right(scenes, b)) / 2
+            row[f"spread, eta {eta}"] = diversity(a, b, scenes)
+        return row
+
+    numbers, scenes = over_seeds(measure), some_scenes(0, 3)
+    z_i, x_T = model.latent(render_many(scenes, 64), STEPS)
+    draw_grid(out / "variations.png",
+              [[true, *[small_again(model, z_i[i:i + 1], x_T[i:i + 1], seeded(j), eta=eta)[0]
+                        for j, eta in enumerate((0.0, 0.5, 0.5, 1.0, 1.0, 1.0))]]
+               for i, true in enumerate(render_many(scenes, model.sizes[0]))],
+              [caption(s) for s in scenes],
+              ["picture", "eta 0", "eta 0.5", "eta 0.5", "eta 1", "eta 1", "eta 1"],
+              "Variations of a picture (paper, fig. 3): CLIP's embedding stays, the noise changes.")
+    kept, spread = numbers["kept, eta 1.0"], numbers["spread, eta 1.0"]
+    return numbers, (f"at eta = 1 {percent(kept)} keep all that a caption says, and their spread is "
+                     f"{number(spread)} of that of fresh pictures "
+                     f"({number(numbers['spread, eta 0.25'])} at eta = 0.25)")
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], the mean over the batch."""
+    return float((-10 * ((a - b).square().flatten(1).mean(1) / 4).log10()).mean())
+
+
+def find_interpolations(model, out):
+    """Fig. 4: from one picture to another, each attribute changes once."""
+    K = 7
+    shares = torch.linspace(0, 1, K)[:, None]
+
+    def path(a, b):
+        (z_a, x_a), (z_b, x_b) = (model.latent(render_many([s], 64), STEPS) for s in (a, b))
+        x_T = diffusion.slerp(x_a.flatten(1), x_b.flatten(1), shares).unflatten(1, x_a.shape[1:])
+        return small_again(model, diffusion.slerp(z_a, z_b, shares), x_T)
+
+    def measure(seed):
+        scenes, ends, once = some_scenes(seed, PICTURES, two=False, part="train"), [], []
+        for a, b in zip(scenes[::2], scenes[1::2]):
+            seen = [read(x) for x in path(a, b)]
+            ends += [agrees(a, seen[0]), agrees(b, seen[-1])]
+            for name in ("colour", "shape", "size"):
+                first, last = attributes(a)[name], attributes(b)[name]
+                way = [attributes(s)[name] for s in seen]
+                if first != last:
+                    once.append(any(way == [first] * i + [last] * (K - i) for i in range(1, K)))
+        return {"ends reconstruct": share(ends), "attributes switch once": share(once)}
+
+    numbers, scenes = over_seeds(measure), some_scenes(1, 6, two=False, part="train")
+    draw_grid(out / "interpolations.png", [path(a, b) for a, b in zip(scenes[::2], scenes[1::2])],
+              [f"{caption(a)} to {caption(b)}" for a, b in zip(scenes[::2], scenes[1::2])],
+              [f"{float(x):.2f}" for x in shares],
+              "From one picture to another (paper, fig. 4): z_i and x_T turned together.")
+    return numbers, (f"{percent(numbers['ends reconstruct'])} of the ends come back; "
+                     f"{percent(numbers['attributes switch once'])} of the attributes that differ "
+                     "switch exactly once")
+
+
+def edit_of(scene, kind, rng):
+    """A one-thing scene with another colour, shape or size, never a held-out pair."""
+    t = scene.things[0]
+    values = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}[kind]
+    choices = [Scene((replace(t, **{kind: v}),)) for v in values if v != getattr(t, kind)]
+    return stated(rng.choice([s for s in choices if split(s) != "held-out"] or choices))
+
+
+def find_text_diffs(model, out):
+    """Fig. 5: words change what they name and leave the rest."""
+    strengths, kinds = (0.25, 0.4, 0.5, 0.7), ("colour", "shape", "size")
+
+    def edited(scenes, targets, strength):
+        z_i, x_T = model.latent(render_many(scenes, 64), STEPS)
+        z_d = model.difference([caption(stated(s)) for s in scenes], [caption(s) for s in targets])
+        return small_again(model, diffusion.slerp(z_i, z_d, strength), x_T)
+
+    def measure(seed):
+        row, scenes = {}, some_scenes(seed, PICTURES, two=False, part="train")
+        for kind, strength in itertools.product(kinds, strengths):
+            rng = random.Random(seed)
+            targets = [edit_of(s, kind, rng) for s in scenes]
+            seen = [attributes(read(x)) for x in edited(scenes, targets, strength)]
+            want = [attributes(s) for s in targets]
+            row[f"{kind} reached, {strength}"] = share(a[kind] == b[kind]
+                                                       for a, b in zip(seen, want))
+            row[f"rest kept, {kind}, {strength}"] = share(
+                all(a[k] == b[k] for k in kinds if k != kind) for a, b in zip(seen, want))
+        return row
+
+    numbers, scenes = over_seeds(measure), some_scenes(2, 3, two=False, part="train")
+    targets = [edit_of(s, kind, random.Random(0)) for s, kind in zip(scenes, kinds)]
+    columns = [edited(scenes, targets, strength) for strength in (0.0, *strengths)]
+    draw_grid(out / "text_diffs.png", [[c[i] for c in columns] for i in range(3)],
+              [f"{caption(s)} to {caption(t)}" for s, t in zip(scenes, targets)],
+              ["0 (inverted)", *map(str, strengths)],
+              "Edited by words (paper, fig. 5): z_i turned towards the difference of two captions.")
+    best = {kind: max(strengths, key=lambda s: numbers[f"{kind} reached, {s}"][0]
+                      + numbers[f"rest kept, {kind}, {s}"][0]) for kind in kinds}
+    return numbers, "; ".join(
+        f"{kind}: {percent(numbers[f'{kind} reached, {s}'])} reach the target, "
+        f"{percent(numbers[f'rest kept, {kind}, {s}'])} keep the rest (strength {s})"
+        for kind, s in best.items())
+
+
+def find_pca(model, out):
+    """Fig. 7: the first principal components hold what matters most to CLIP."""
+    ks = (1, 2, 4, 6, 9, 14, 64)
+    names = ("number", "colour", "relation", "size", "shape")
+    z = clip.unit(model.encode_image(render_many(some_scenes(9, 2000, part=None), 64)))
+    mean, basis = prior.principal_components(z, keep=1.0)
+
+    def again(scenes, k, seed):
+        z_i, size = clip.unit(model.encode_image(render_many(scenes, 64))), model.sizes[0]
+        z_i = clip.unit(mean + (z_i - mean) @ basis[:, :k] @ basis[:, :k].T)
+        x_T = torch.randn(1, 3, size, size, generator=seeded(seed)).expand(len(z_i), -1, -1, -1)
+        return small_again(model, z_i, x_T)
+
+    def measure(seed):
+        row, scenes = {}, some_scenes(seed, PICTURES, two=True)
+        for k in ks:
+            seen = [attributes(read(x)) for x in again(scenes, k, seed)]
+            for name in names:
+                row[f"{name}, k = {k}"] = share(attributes(s)[name] == a[name]
+                                                for s, a in zip(scenes, seen))
+        return row
+
+    numbers, scenes = over_seeds(measure), some_scenes(4, 3, two=True)
+    columns = [again(scenes, k, 0) for k in ks]
+    draw_grid(out / "pca.png", [[c[i] for c in columns] for i in range(3)],
+              [caption(s) for s in scenes], [f"k = {k}" for k in ks],
+              "Drawn from the first k principal components of z_i (paper, fig. 7).")
+    half = {name: next((k for k in ks if numbers[f"{name}, k = {k}"][0]
+                        >= 0.8 * numbers[f"{name}, k = {ks[-1]}"][0]), ks[-1]) for name in names}
+    return numbers, "components after which 80 % of what all of z_i gives is there: " + ", ".join(
+        f"{name} {k}" for name, k in sorted(half.items(), key=lambda pair: pair[1]))
+
+
+def find_prior(model, out):
+    """Fig. 8, table 2: is the prior worth its place?  And table 1: which prior?"""
+    def measure(seed):
+        row, scenes = {}, some_scenes(seed, PICTURES)
+        true_z = clip.unit(model.encode_image(render_many(some_scenes(50 + seed, 200), 64)))
+        for way in WAYS:
+            generator = seeded(seed)
+            a, b = (draw_small(model, scenes, way, generator) for _ in range(2))
+            row[f"{way}: accuracy"] = (right(scenes, a) + right(scenes, b)) / 2
+            row[f"{way}: diversity"] = diversity(a, b, scenes)
+            row[f"{way}: Frechet distance"] = frechet(
+                clip.unit(model.encode_image(torch.cat([a, b]))), true_z)
+        return row
+
+    numbers = over_seeds(measure)
+    bars = {key: [numbers[f"{way}: {key}"] for way in WAYS]
+            for key in ("accuracy", "diversity", "Frechet distance")}
+    short = ["diffusion", "AR", "true z_i", "z_t", "caption"]
+    draw_curves(out / "prior.png", [(key, "z_i from", short, {"": points})
+                                    for key, points in bars.items()],
+                "Five answers to 'which z_i?' under one decoder (paper, fig. 8 and table 2).")
+    verdict = numbers["diffusion prior: accuracy"][0] > numbers["caption alone: accuracy"][0]
+    return numbers, ", ".join(f"{way} {percent(numbers[f'{way}: accuracy'])}" for way in WAYS) + (
+        "; as in the paper the prior beats the caption alone" if verdict else
+        "; unlike in the paper the prior does not beat the caption alone")
+
+
+def find_guidance(model, out):
+    """Fig. 9 to 11: guidance costs GLIDE (here: the caption alone) diversity, unCLIP less."""
+    scales, ways = (1.0, 2.0, 3.0, 5.0), ("diffusion prior", "caption alone")
+
+    def measure(seed):
+        row, scenes = {}, some_scenes(seed, PICTURES)
+        for way, scale in itertools.product(ways, scales):
+            generator = seeded(seed)
+            a, b = (draw_small(model, scenes, way, generator, guidance=scale) for _ in range(2))
+            row[f"{way}: accuracy, {scale}"] = (right(scenes, a) + right(scenes, b)) / 2
+            row[f"{way}: diversity, {scale}"] = diversity(a, b, scenes)
+        return row
+
+    numbers = over_seeds(measure)
+    draw_curves(out / "guidance.png",
+                [(key, "guidance scale", scales,
+                  {way: [numbers[f"{way}: {key}, {s}"] for s in scales] for way in ways})
+                 for key in ("accuracy", "diversity")],
+                "Guidance for unCLIP and for the same decoder with the caption alone "
+                "(paper, fig. 9 to 11).")
+    lost = {way: numbers[f"{way}: diversity, 5.0"][0] / numbers[f"{way}: diversity, 1.0"][0]
+            for way in ways}
+    return numbers, (f"from scale 1 to 5 diversity changes by a factor of {lost[ways[0]]:.2f} for "
+                     f"unCLIP and {lost[ways[1]]:.2f} for the caption alone" +
+                     ("" if lost[ways[0]] > lost[ways[1]] else " (unlike in the paper)"))
+
+
+def find_priors_cost(model, out):
+    """Table 1, app. C: the AR and the diffusion prior, trained for about the same time."""
+    text = model.encode_text([caption(s) for s in some_scenes(0, 8)])
+    numbers = {}
+    for which in ("diffusion", "ar"):
+        with FlopCounterMode(display=False) as counter:
+            model.embed(text, which=which, generator=seeded(0))
+        numbers[f"{which}: MFLOP an embedding"] = (counter.get_total_flops() / 8e6, 0.0)
+        numbers[f"{which}: seconds of training"] = (model.seconds.get(f"{which}_prior", 0.0), 0.0)
+    draw_curves(out / "priors_cost.png",
+                [(key, "prior", ["diffusion", "AR"],
+                  {"": [numbers[f"{which}: {key}"] for which in ("diffusion", "ar")]})
+                 for key in ("MFLOP an embedding", "seconds of training")],
+                "What the two priors cost; how good they are: prior.png (paper, table 1).")
+    return numbers, ", ".join(f"{key} {value[0]:.0f}" for key, value in numbers.items())
+
+
+def find_binding(model, out):
+    """Fig. 14 and 15: which of the two cubes was red?"""
+    ways = ("true image embedding", "diffusion prior", "caption alone")
+
+    def measure(seed):
+        row, rng, scenes = {}, random.Random(seed), []
+        while len(scenes) < PICTURES:
+            scene = random_scene(rng, two=True, part="test", unstated=0.0)
+            a, b = scene.things
+            if a.shape == b.shape and a.size == b.size and a.colour != b.colour:
+                scenes.append(scene)
+        for way in ways:
+            seen = [read(x) for x in draw_small(model, scenes, way, seeded(seed))]
+            row[f"{way}: right"] = share(agrees(stated(s), x) for s, x in zip(scenes, seen))
+            row[f"{way}: swapped"] = share(agrees(swaps(s)[1], x) for s, x in zip(scenes, seen))
+        return row
+
+    numbers = over_seeds(measure)
+    scenes = [place(parse(text), random.Random(0))
+              for text in ("a large red square above a large blue square",
+                           "a large blue square above a large red square")]
+    draw_grid(out / "binding.png",
+              [draw_small(model, scenes[i:i + 1] * 6, "diffusion prior", seeded(i))
+               for i in range(2)],
+              [caption(s) for s in scenes], [""] * 6,
+              "'A red cube on top of a blue cube' (paper, fig. 14 and 15).")
+    return numbers, "; ".join(f"{way}: {percent(numbers[f'{way}: right'])} right, "
+                              f"{percent(numbers[f'{way}: swapped'])} with the colours exchanged"
+                              for way in ways)
+
+
+def find_samplers(model, out):
+    """Which sampler needs how many steps?   IDDPM fig. 8, DDIM table 1, Analytic-DPM table 1."""
+    counts, d = (5, 10, 25, 50), model.parts["decoder"]
+    kinds = {"learned": {"variance": "learned"}, "fixed small": {"variance": "small"},
+             "fixed large": {"variance": "large"}, "DDIM": {"eta": 0.0}}
+    prior_kinds = {"analytic": model.parts["diffusion_prior"].cov.cpu().double(),
+                   "fixed small": "small"}
+
+    def measure(seed):
+        row, scenes = {}, some_scenes(seed, PICTURES)
+        true = render_many(scenes, 64)
+        z_true = clip.unit(model.encode_image(true))
+        text, size = model.encode_text([caption(s) for s in scenes]), model.sizes[0]
+        denoise = d.denoiser(z_true, text, model.config.sampling.guidance)
+        for (kind, options), count in itertools.product(kinds.items(), counts):
+            generator = seeded(seed)
+            times = (d.ddim_times if "eta" in options else
+                     lambda k: diffusion.spaced_timesteps(d.config.T, k))(count)
+            x = diffusion.sample(denoise, d.alphabar, torch.randn(
+                len(text.z_t), 3, size, size, generator=generator),
+                                 times, clamp=1.0, generator=generator, **options)
+            row[f"{kind}: accuracy, {count}"] = right(scenes, x)
+            row[f"{kind}: Frechet distance, {count}"] = frechet(
+                clip.unit(model.encode_image(x.clamp(-1, 1))), z_true)
+        p = model.parts["diffusion_prior"]
+        denoise = p.denoiser(text)
+        for (kind, variance), count in itertools.product(prior_kinds.items(), counts):
+            generator = seeded(seed)
+            x = diffusion.sample(denoise, p.alphabar,
+                                 torch.randn(z_true.shape, generator=generator),
+                                 diffusion.spaced_timesteps(p.config.T, count), predicts="x0",
+                                 variance=variance, generator=generator)
+            row[f"prior, {kind}: Frechet distance, {count}"] = frechet(p.unscale(x), z_true)
+        return row
+
+    numbers = over_seeds(measure)
+    panels = [(f"decoder: {key}", "steps", counts,
+               {kind: [numbers[f"{kind}: {key}, {k}"] for k in counts] for kind in kinds})
+              for key in ("accuracy", "Frechet distance")]
+    panels.append(("prior: Frechet distance", "steps", counts, {
+        kind: [numbers[f"prior, {kind}: Frechet distance, {k}"] for k in counts]
+        for kind in prior_kinds}))
+    draw_curves(out / "samplers.png", panels,
+                "Samplers against the number of steps (IDDPM fig. 8; Analytic-DPM in the prior).")
+    return numbers, "accuracy with 10 and 50 steps: " + ", ".join(
+        f"{kind} {percent(numbers[f'{kind}: accuracy, 10'])} and "
+        f"{percent(numbers[f'{kind}: accuracy, 50'])}" for kind in kinds)
+
+
+def climb(model, captions, steps=60, size=32, generator=None):
+    """What people did before: pixels moved uphill on CLIP's similarity to the caption.
+
+    -> (B, 3, size, size). It fools CLIP rather than drawing anything.
+    """
+    z_t = clip.unit(model.encode_text(captions).z_t)
+    x = 0.1 * torch.randn(len(z_t), 3, size, size, generator=generator) + 0.8
+    x.requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=0.05)
+    for _ in range(steps):
+        z_i = clip.unit(model.parts["clip"].encode_image(x.clamp(-1, 1)))
+        x.grad, = torch.autograd.grad(-(z_i * z_t).sum(), x)
+        optimizer.step()
+    return x.detach().clamp(-1, 1)
+
+
+def find_clip_guided(model, out):
+    """Before unCLIP: a picture optimised until CLIP likes it."""
+    def measure(seed):
+        scenes = some_scenes(seed, PICTURES, two=False)
+        texts = [caption(s) for s in scenes]
+        a, b = climb(model, texts, generator=seeded(seed)), draw_small(
+            model, scenes, "diffusion prior", seeded(seed))
+        z_t = clip.unit(model.encode_text(texts).z_t)
+        return {f"{name}: {key}": value for name, x in (("ascent", a), ("unCLIP", b))
+                for key, value in {"accuracy": right(scenes, x), "cosine": float(
+                    (clip.unit(model.encode_image(x)) * z_t).sum(1).mean())}.items()}
+
+    numbers, scenes = over_seeds(measure), some_scenes(3, 6, two=False)
+    texts = [caption(s) for s in scenes]
+    draw_grid(out / "clip_guided.png", [climb(model, texts, generator=seeded(0)),
+                                        draw_small(model, scenes, "diffusion prior", seeded(0))],
+              ["gradient ascent on CLIP", "unCLIP"], [textwrap.fill(t, 16) for t in texts],
+              "A picture optimised to please CLIP, and one by unCLIP.")
+    return numbers, (f"gradient ascent pleases CLIP more (cosine "
+                     f"{number(numbers['ascent: cosine'])} against "
+                     f"{number(numbers['unCLIP: cosine'])}) but is right in "
+                     f"{percent(numbers['ascent: accuracy'])}, unCLIP in "
+                     f"{percent(numbers['unCLIP: accuracy'])}")
+
+
+FINDINGS = {"variations": (find_variations, "Fig. 3"),
+            "interpolations": (find_interpolations, "Fig. 4"),
+            "text_diffs": (find_text_diffs, "Fig. 5"), "pca": (find_pca, "Fig. 7"),
+            "prior": (find_prior, "Fig. 8, table 2"), "guidance": (find_guidance, "Fig. 9-11"),
+            "priors_cost": (find_priors_cost, "Table 1"), "binding": (find_binding, "Fig. 14, 15"),
+            "samplers": (find_samplers, "Sec. 2.2, app. C"),
+            "clip_guided": (find_clip_guided, "Sec. 6")}
+
+
+def percent(value):
+    return f"{100 * value[0]:.0f} ± {100 * value[1]:.0f} %"
+
+
+def number(value):
+    return f"{value[0]:.2f} ± {value[1]:.2f}"
+
+
+def figures(args):
+    """Draw the paper's findings at toy scale, and write all numbers into findings.json."""
+    model, out = unclip.load(args.weights, unclip.pick_device(args.device)), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "findings.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if args.only and file.exists() else {}
+    for name in args.only or FINDINGS:
+        find, where = FINDINGS[name]
+        start = time.monotonic()
+        with torch.no_grad() if name != "clip_guided" else torch.enable_grad():
+            numbers, sentence = find(model, out)
+        found[name] = {"paper": where, "sentence": sentence, "numbers": numbers,
+                       "seconds": round(time.monotonic() - start)}
+        print(f"{name} ({found[name]['seconds']} s): {sentence}", flush=True)
+        file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(findings_table(found))
+
+
+def findings_table(found):
+    """findings.json as the README shows it."""
+    return "\n".join(["| finding | paper | here |", "|---|---|---|",
+                      *(f"| [{name.replace('_', ' ')}](pictures/{name}.png) | {row['paper']} | "
+                        f"{row['sentence']} |" for name, row in found.items())])
+
+
 GALLERY = ("a small red circle above a large blue square", "a large orange square",
            "a large cyan circle left of a small purple cross",
            "a small yellow circle below a large black cross",
@@ -869,6 +1359,24 @@ def gallery(args):
     print(f"wrote {args.out}; the reader sees: " + "; ".join(caption(read(x)) for x in pictures))
 
 
+def show_world(args):
+    """A sheet of random scenes: what the caption says, and what the reader reads."""
+    rng = random.Random(args.seed)
+    scenes = [random_scene(rng) for _ in range(18)]
+    figure, axes = plt.subplots(3, 6, figsize=(12.6, 8))
+    for axis, scene in zip(axes.flat, scenes):
+        picture = render(scene, 256)
+        seen = caption(read(picture))
+        axis.imshow(unclip.to_pil(picture))
+        axis.set_title(textwrap.fill(caption(scene), 24), fontsize=9)
+        axis.set_xlabel(textwrap.fill(f"read: {seen}", 26), fontsize=8)
+        axis.set(xticks=[], yticks=[])
+    figure.tight_layout()
+    figure.savefig(args.out, dpi=80)
+    plt.close(figure)
+    print(f"wrote {args.out}: 18 scenes, captions above, what the reader reads below")
+
+
 def run_read(args):
     picture = clip.read_picture(args.picture)
     print(caption(read(clip.preprocess(picture, min(picture.size)))))
@@ -876,32 +1384,44 @@ def run_read(args):
 
 # ---- Command line --------------------------------------------------------------------------------
 
+COMMANDS = {"read": run_read, "evaluate": evaluate, "figures": figures, "gallery": gallery,
+            "world": show_world}
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    command = argv[0] if argv and argv[0] in ("read", "evaluate", "gallery") else "train"
+    command = argv[0] if argv and argv[0] in COMMANDS else "train"
     parser = argparse.ArgumentParser(
         "train_toy.py" + f" {command}" * (command != "train"), allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description={"read": "Say what is in a picture of the toy world.",
                      "evaluate": "Draw captions that training never showed and read the pictures.",
-                     "gallery": gallery.__doc__,
-                     "train": "Train the whole stack. Other commands: read PICTURE, evaluate, "
-                              "gallery (train_toy.py COMMAND --help)."}[command])
+                     "figures": figures.__doc__, "gallery": gallery.__doc__,
+                     "world": show_world.__doc__,
+                     "train": "Train the whole stack. Other commands: read PICTURE, world, "
+                              "evaluate, figures, gallery (train_toy.py COMMAND --help)."}[command])
     option = parser.add_argument
     if command == "read":
         option("picture")
     else:
-        option("--device", default="cpu", help="cpu, cuda, mps")
-        option("--seed", type=int, default=0, help="of all randomness")
-    if command in ("evaluate", "gallery"):
+        if command != "world":
+            option("--device", default="cpu", help="cpu, cuda, mps")
+        if command != "figures":
+            option("--seed", type=int, default=0, help="of all randomness")
+    if command in ("evaluate", "figures", "gallery"):
         option("--weights", default=str(unclip.HERE / "weights/toy.pt"), metavar="PATH",
                help="a checkpoint of train_toy.py")
     if command == "gallery":
         option("-o", "--out", default="pictures/gallery.png", help="where to write the picture")
+    if command == "world":
+        option("-o", "--out", default="world.png", help="where to write the sheet")
+    if command == "figures":
+        option("--out", default="pictures", metavar="FOLDER", help="where to write")
+        option("--only", nargs="+", choices=FINDINGS, help="draw these only, keep the others")
     if command == "evaluate":
         option("--captions", type=unclip.positive, default=500, metavar="N",
                help="2/5 of one thing, 3/5 of two; and as many of held-out pairs as of one")
-        option("--ways", nargs="+", choices=WAYS, default=WAYS,
+        option("--ways", nargs="+", choices=(BEST, *WAYS), default=(BEST, *WAYS),
                help="what the decoder is given as image embedding")
         option("--json", metavar="PATH", help="write the table there too")
     if command == "train":
@@ -911,15 +1431,14 @@ def main(argv=None):
         option("--resume", action="store_true", help="go on where the run in --out stopped")
         option("--only", nargs="+", choices=STAGES, help="train these parts, and CLIP, only")
         option("--steps-scale", type=float, default=1.0, metavar="X", help="all steps times X")
-        option("--groups", type=unclip.positive, default=8000, metavar="N",
+        option("--groups", type=unclip.positive, default=6000, metavar="N",
                help="groups of four scenes in the toy world's training set")
         option("--sam", type=float, default=0.0, metavar="RHO",
                help="train CLIP with sharpness-aware steps, as the paper did (0.1)")
         option("--save-seconds", type=float, default=20.0, metavar="S",
                help="how often to save what --resume needs")
     args = parser.parse_args(argv if command == "train" else argv[1:])
-    unclip.stop_on_error({"read": run_read, "evaluate": evaluate, "gallery": gallery,
-                          "train": run}[command], args)
+    unclip.stop_on_error(COMMANDS.get(command, run), args)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
+import contextlib
 import copy
+import json
 import math
 import sys
 import time
@@ -27,9 +29,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import clip
 import decoder
+import diffusion
 import prior
 
 # ---------------------------------------------------------------- presets
@@ -44,6 +48,7 @@ class Sampling:
     decoder_steps: int = 250
     upsampler_steps: tuple = (27, 15)
     candidates: int = 2             # image embeddings drawn, the one nearest the caption is kept
+    rerank: int = 1                 # small pictures drawn, the one CLIP likes best is enlarged
 
 
 @dataclass
@@ -72,14 +77,15 @@ def toy():
         decoder.DecoderConfig(
             decoder.UNetConfig(size=16, channels=32, mults=(1, 1, 4), attention=(8, 4),
                                head_channels=32, context_width=64, groups=8),
-            embed_dim=64, context=20, text_width=64, text_layers=2, text_heads=2, late=2.0),
+            embed_dim=64, context=20, text_width=64, text_layers=2, text_heads=2,
+            velocity=True),
         decoder.UpsamplerConfig(decoder.UNetConfig(size=64, in_channels=6, channels=32,
                                                    mults=(1, 1), groups=8),
-                                eta=1.0, late=2.0),
+                                velocity=True),
         decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, channels=16,
                                                    mults=(1, 1), groups=4),
-                                schedule="linear", corruption="bsr", late=2.0, start=450),
-        Sampling(guidance=2.0, decoder_steps=50, upsampler_steps=(10, 4)))
+                                schedule="linear", corruption="bsr", velocity=True),
+        Sampling(guidance=2.0, decoder_steps=50, upsampler_steps=(10, 4), rerank=4))
 
 
 def karlo():
@@ -146,16 +152,36 @@ class UnCLIP:
                module, or None where the stack has no such part
     tokenizer  a clip.Tokenizer, or None as long as nothing was trained
     words      the words of the training captions, or () if unknown (a public checkpoint's)
+    seconds    {part: how long it was trained}, {} if unknown
     """
 
     def __init__(self, config, parts, tokenizer=None, words=()):
         self.config, self.parts, self.tokenizer, self.words = config, parts, tokenizer, tuple(words)
+        self.seconds = {}
+        self.low_memory = None           # a device: see `at_work`. None: parts stay where they are
         self.nothing = None                                      # see `null`
 
     @property
     def device(self):
+        """Where the parts work."""
         part = next(part for part in self.parts.values() if part is not None)
-        return next(part.parameters()).device
+        return self.low_memory or next(part.parameters()).device
+
+    @contextlib.contextmanager
+    def at_work(self, name):
+        """`with model.at_work("decoder") as decoder:` - the part, on the device while it works.
+
+        With low_memory parts wait on the CPU, so that the largest decides the memory needed.
+        """
+        part, home = self.parts[name], None
+        if self.low_memory is not None:
+            home = part.state_dict()                     # these tensors stay on the CPU
+            part.to(self.low_memory)
+        try:
+            yield part
+        finally:
+            if home is not None:
+                part.load_state_dict(home, assign=True)
 
     @property
     def sizes(self):
@@ -182,7 +208,8 @@ class UnCLIP:
     def _text(self, captions):
         tokens = self.tokenizer(captions, self.config.clip.context)              # (B, L)
         mask = clip.token_mask(tokens, self.tokenizer.end)                       # (B, L)
-        z_t, states = self.parts["clip"].encode_text(tokens.to(self.device))
+        with self.at_work("clip") as model:
+            z_t, states = model.encode_text(tokens.to(self.device))
         return clip.Text(tokens.to(self.device), mask.to(self.device), z_t, states)
 
     @torch.no_grad()
@@ -195,52 +222,72 @@ class UnCLIP:
             return None
         if self.nothing is None:                                 # one row, kept
             self.nothing = self._text([""])
-        return clip.Text(*(x.to(y.device).expand_as(y) for x, y in zip(self.nothing, text)))
+        return clip.Text(*(x.to(self.device).expand(len(text.tokens), *x.shape[1:])
+                           for x in self.nothing))
+
+    def no_caption(self, B):
+        """B rows of a clip.Text that says nothing, for pictures drawn from an embedding alone."""
+        c, tokens = self.config.clip, torch.zeros(B, self.config.clip.context, dtype=torch.long)
+        text = clip.Text(tokens, tokens.bool(), torch.zeros(B, c.embed_dim), torch.zeros(B, 0))
+        text = clip.Text(*(x.to(self.device) for x in text))
+        return self.null(text) or text
 
     def embed(self, text, *, which="diffusion", guidance=None, steps=None, candidates=None,
               generator=None, progress=None):
         """The prior: text -> z_i (B, D), by the "diffusion" or the "ar" prior."""
         s = self.config.sampling
         guidance = s.prior_guidance if guidance is None else guidance
-        model = self.parts.get(f"{which}_prior")
-        if model is None:
+        if self.parts.get(f"{which}_prior") is None:
             have = [p for p in ("diffusion", "ar") if self.parts.get(f"{p}_prior") is not None]
             raise ValueError(f"expected one of the priors {have}, got {which!r}")
-        if which == "ar":
-            return model.sample(text, guidance=guidance, generator=generator, progress=progress)
-        return model.sample(text, steps or s.prior_steps, guidance, candidates or s.candidates,
-                            generator, self.null(text), progress)
+        null = self.null(text)
+        with self.at_work(f"{which}_prior") as model:
+            if which == "ar":
+                return model.sample(text, guidance=guidance, generator=generator, progress=progress)
+            return model.sample(text, steps or s.prior_steps, guidance, candidates or s.candidates,
+                                generator, null, progress)
 
     def draw(self, z_i, text, *, guidance=None, decoder_steps=None, upsampler_steps=None,
              generator=None, progress=None):
         """The decoder and the upsamplers: z_i (B, D), text -> (B, 3, H, W) in [-1, 1]."""
         s = self.config.sampling
         guidance = s.guidance if guidance is None else guidance
-        x = self.parts["decoder"].sample(z_i, text, decoder_steps or s.decoder_steps, guidance,
-                                         generator, self.null(text), progress)
-        upsampler_steps = s.upsampler_steps if upsampler_steps is None else upsampler_steps
+        null = self.null(text)
+        with self.at_work("decoder") as model:
+            x = model.sample(z_i, text, decoder_steps or s.decoder_steps, guidance, generator, null,
+                             progress)
+        return self.enlarge(x, upsampler_steps, generator, progress)
+
+    def enlarge(self, x, upsampler_steps=None, generator=None, progress=None):
+        """The upsamplers: the decoder's (B, 3, h, h) -> (B, 3, H, H), both in [-1, 1]."""
+        if upsampler_steps is None:
+            upsampler_steps = self.config.sampling.upsampler_steps
         for i, steps in enumerate(upsampler_steps, start=1):
             if self.parts.get(f"upsampler{i}") is not None:
-                x = self.parts[f"upsampler{i}"].sample(x, steps, generator, progress=progress)
+                with self.at_work(f"upsampler{i}") as model:
+                    x = model.sample(x, steps, generator, progress=progress)
         return x
 
     def sample(self, captions, *, prior="diffusion", guidance=None, prior_guidance=None,
                prior_steps=None, decoder_steps=None, upsampler_steps=None, candidates=None,
-               generator=None, progress=True):
+               rerank=None, generator=None, progress=True):
         """Captions -> pictures (B, 3, H, W) in [-1, 1]. What is None is as `config.sampling` says.
 
         guidance          of the decoder: 1 is the plain model, 3 follows the caption more closely
         candidates        embeddings drawn by the diffusion prior for each picture, the best is kept
         upsampler_steps   one number for each upsampler
+        rerank            small pictures drawn for each caption, the one CLIP likes best is enlarged
         generator         the source of all randomness: equal seeds, equal pictures, on any device
         """
-        text = self.encode_text(list(captions))
+        N = rerank or self.config.sampling.rerank
+        text = self.encode_text([caption for caption in captions for _ in range(N)])
         bar = (lambda name: name) if progress else (lambda name: None)
         z_i = self.embed(text, which=prior, guidance=prior_guidance, steps=prior_steps,
                          candidates=candidates, generator=generator, progress=bar("prior"))
-        return self.draw(z_i, text, guidance=guidance, decoder_steps=decoder_steps,
-                         upsampler_steps=upsampler_steps, generator=generator,
-                         progress=bar("pictures"))
+        small = self.draw(z_i, text, guidance=guidance, decoder_steps=decoder_steps,
+                          upsampler_steps=(), generator=generator, progress=bar("pictures"))
+        small = self.rerank(small, captions, keep=1) if N > 1 else small
+        return self.enlarge(small, upsampler_steps, generator, bar("enlarging"))
 
     @torch.no_grad()
     def rerank(self, pictures, captions, keep):
@@ -263,7 +310,95 @@ class UnCLIP:
             raise ValueError("these weights have no CLIP image encoder; give one with --clip")
         size = model.config.image_size
         x = F.interpolate(pictures.to(self.device), (size, size), mode="bicubic", antialias=True)
-        return model.encode_image(x.clamp(-1, 1))
+        with self.at_work("clip") as model:
+            return model.encode_image(x.clamp(-1, 1))
+
+    # ---- sec. 3: what one can do with a picture once it is an embedding, and the noise beside it
+
+    def latent(self, pictures, steps=250, progress=None):
+        """The bipartite latent of pictures (B, 3, H, W): z_i (B, D), x_T (B, 3, h, h).   Sec. 3
+
+        z_i says what CLIP sees in a picture; x_T, all the rest that it takes to draw it again.
+        """
+        z_i = self.encode_image(pictures).float()
+        z_i = clip.unit(z_i) if self.config.decoder.vocab_size else z_i    # Karlo's decoder: as is
+        size = self.config.decoder.unet.size
+        x = F.interpolate(pictures.to(self.device), (size, size), mode="area")
+        text = self.no_caption(len(x))
+        null = self.null(text)
+        with self.at_work("decoder") as model:
+            return z_i, model.invert(x, z_i, text, steps, null, progress)
+
+    def decode(self, z_i, x_T, *, eta=0.0, guidance=1.0, steps=250, upsampler_steps=None,
+               generator=None, progress=None):
+        """The way back: z_i (B, D), x_T (B, 3, h, h) -> pictures (B, 3, H, H) in [-1, 1].
+
+        eta = 0 follows x_T and makes the picture again; with eta = 1 little of x_T is left.
+        """
+        text = self.no_caption(len(z_i))
+        null = self.null(text)
+        with self.at_work("decoder") as model:
+            x = model.decode(z_i, x_T, text, steps, eta, guidance, generator, null, progress)
+        return self.enlarge(x, upsampler_steps, generator, progress)
+
+    def variations(self, image, n=8, eta=1.0, *, guidance=1.0, steps=250, upsampler_steps=None,
+                   generator=None, progress=None):
+        """Pictures that share what CLIP sees in one: (3, H, W) -> (n, 3, H', W').   Sec. 3.1
+
+        The latent is kept; DDIM adds noise on its way, more with a larger eta in [0, 1].
+        """
+        z_i, x_T = (x.expand(n, *x.shape[1:]) for x in self.latent(image[None], steps, progress))
+        return self.decode(z_i, x_T, eta=eta, guidance=guidance, steps=steps, generator=generator,
+                           upsampler_steps=upsampler_steps, progress=progress)
+
+    def interpolate(self, a, b, n=8, *, noise="slerp", guidance=1.0, steps=250,
+                    upsampler_steps=None, generator=None, progress=None):
+        """n pictures on the way from a to b, (3, H, W) each -> (n, 3, H', W').   Sec. 3.2
+
+        z_i is turned from a's to b's. noise: "slerp" turns x_T too, so the ends are a and b again;
+        "fixed" draws one x_T for all, so only what CLIP sees changes (the paper's fig. 4).
+        """
+        if noise not in ("slerp", "fixed"):
+            raise ValueError(f'expected noise "slerp" or "fixed", got {noise!r}')
+        share = torch.linspace(0, 1, n, device=self.device)[:, None]           # (n, 1)
+        ends = [self.latent(x[None], steps, progress) for x in (a, b)]
+        z_i = diffusion.slerp(ends[0][0], ends[1][0], share)                   # (n, D)
+        size = ends[0][1].shape[1:]
+        if noise == "slerp":
+            x_T = diffusion.slerp(ends[0][1].flatten(1), ends[1][1].flatten(1), share)
+        else:
+            device = generator.device if generator else None
+            x_T = torch.randn(1, size.numel(), generator=generator, device=device).expand(n, -1)
+        return self.decode(z_i, x_T.to(self.device).unflatten(1, size), guidance=guidance,
+                           steps=steps, generator=generator, upsampler_steps=upsampler_steps,
+                           progress=progress)
+
+    def text_diff(self, image, source, target, n=8, strength=0.4, *, guidance=1.0, steps=250,
+                  upsampler_steps=None, generator=None, progress=None):
+        """Edit a picture by words: (3, H, W), what it shows, what it shall show.   Sec. 3.3
+
+        z_i is turned towards the difference of the two captions, x_T kept:
+            z_d = norm(z_t - z_t0),   z = slerp(z_i, z_d, theta),   theta = 0 ... strength
+        -> (n, 3, H', W'), from the picture itself to the full edit; n = 1 gives the full edit.
+        strength: the paper's is 0.25 to 0.5; z_d is nearly at right angles to z_i, so 0.5 is 45
+        degrees.
+        """
+        z_i, x_T = self.latent(image[None], steps, progress)
+        z_d = self.difference([source], [target]) * z_i.norm()                 # (1, D)
+        theta = torch.linspace(0, strength, max(2, n), device=self.device)[-n:, None]     # (n, 1)
+        return self.decode(diffusion.slerp(z_i, z_d, theta), x_T.expand(n, *x_T.shape[1:]),
+                           guidance=guidance, steps=steps, generator=generator,
+                           upsampler_steps=upsampler_steps, progress=progress)
+
+    def difference(self, source, target):
+        """From captions to captions: unit(z_t(target) - z_t(source)), (B, D).
+
+        ValueError if two are equal.
+        """
+        z_t0, z_t = (clip.unit(self.encode_text(x).z_t.float()) for x in (source, target))
+        if (z_t - z_t0).norm(dim=1).min() < 1e-6:
+            raise ValueError(f"expected two different captions, got {source} and {target}")
+        return clip.unit(z_t - z_t0)
 
     def save(self, path, dtype=None):
         """One file with weights, configuration, tokenizer and words; loads with weights_only=True.
@@ -278,7 +413,7 @@ class UnCLIP:
                                  else w.detach().cpu() for key, w in part.state_dict().items()}
         save_atomically({"format": "unclip 1", "config": asdict(self.config), "weights": weights,
                          "tokenizer": self.tokenizer and self.tokenizer.state(),
-                         "words": list(self.words)}, path)
+                         "words": list(self.words), "seconds": self.seconds}, path)
 
 
 def save_atomically(content, path):
@@ -351,18 +486,23 @@ def config_from(plain):
         raise ValueError(f"the checkpoint is of another configuration: {error}") from None
 
 
-def load(path, device="cpu", dtype=torch.float32, clip_path=None):
+def load(path, device="cpu", dtype=torch.float32, clip_path=None, low_memory=False):
     """A checkpoint file of ours, or a Karlo folder -> UnCLIP, ready to sample.
 
     clip_path: for a Karlo folder without image encoder, a CLIP that has one (see load_karlo).
+    low_memory: parts wait on the CPU and come to the device one at a time.
     """
+    if low_memory:
+        model = load(path, "cpu", dtype, clip_path)
+        model.low_memory = torch.device(device)
+        return model
     if Path(path).is_dir():
         return load_karlo(path, device, dtype, clip_path)
     if clip_path is not None:
         raise ValueError(f"{path} has a CLIP of its own; give another only with a Karlo folder")
     content = read_checkpoint(path)
     model = build_from(config_from(content["config"]), "meta", dtype)
-    model.words = tuple(content["words"])
+    model.words, model.seconds = tuple(content["words"]), content["seconds"]
     model.tokenizer = content["tokenizer"] and clip.Tokenizer.from_state(content["tokenizer"])
     for name in [name for name, part in model.parts.items() if part is not None]:
         if name not in content["weights"]:
@@ -465,6 +605,183 @@ def save_grid(pictures, path, columns):
                       ".png?") from None
 
 
+# ---------------------------------------------------------------- benchmark
+# Random weights, real shapes and step counts: how fast is each stage, and does it fit?
+
+
+def random_text(c, B, device, dtype):
+    """A clip.Text of B full captions for a part with configuration c."""
+    L, states = c.context, 0 if c.vocab_size else c.text_width
+    tokens = torch.randint(max(2, c.vocab_size), (B, L), device=device)
+    return clip.Text(tokens, torch.ones_like(tokens, dtype=torch.bool),
+                     torch.randn(B, c.embed_dim, device=device, dtype=dtype),
+                     torch.randn(B, L, states, device=device, dtype=dtype))
+
+
+def sampling_work(name, part, s, B, device, dtype):
+    """-> (do one step, how many steps a picture takes) for a part of a stack, s its Sampling."""
+    c, t = part.config, 500
+    if name == "clip":
+        tokens = torch.randint(c.vocab_size, (B, c.context), device=device)
+        return lambda: part.encode_text(tokens), 1
+    if name.startswith("upsampler"):
+        low = torch.rand(B, 3, c.unet.size // 4, c.unet.size // 4, device=device) * 2 - 1
+        denoise, x = part.denoiser(low), torch.randn(B, 3, c.unet.size, c.unet.size, device=device)
+        return lambda: denoise(x, t), s.upsampler_steps[int(name[-1]) - 1]
+    if name == "ar_prior":
+        text = random_text(c, B, device, dtype)
+        return lambda: part.sample(text, guidance=s.prior_guidance), 1
+    if name == "diffusion_prior":
+        text = random_text(c, B * s.candidates, device, dtype)
+        denoise = part.denoiser(text, s.prior_guidance)
+        x = torch.randn(B * s.candidates, c.embed_dim, device=device)
+        return lambda: denoise(x, t), s.prior_steps
+    text, size = random_text(c, B, device, dtype), c.unet.size
+    denoise = part.denoiser(torch.randn(B, c.embed_dim, device=device), text, s.guidance)
+    x = torch.randn(B, 3, size, size, device=device)
+    return lambda: denoise(x, t), s.decoder_steps
+
+
+def training_work(name, part, B, device, dtype):
+    """-> do one step of training: loss, gradients, AdamW.  bf16 and fp16 run as autocast."""
+    c, opt = part.config, torch.optim.AdamW(part.parameters(), 1e-4, fused=True)
+    if name == "clip":
+        images = torch.rand(B, 3, c.image_size, c.image_size, device=device) * 2 - 1
+        tokens = torch.randint(c.vocab_size, (B, c.context), device=device)
+
+        def loss():
+            z_i, z_t = part.encode_image(images), part.encode_text(tokens)[0]
+            return clip.clip_loss(clip.unit(z_i.float()), clip.unit(z_t.float()), part.scale())
+    elif name.startswith("upsampler"):
+        side = c.unet.size // 4                                          # crops of a quarter
+        high = torch.rand(B, 3, side, side, device=device) * 2 - 1
+        low = decoder.shrink(high, side // 4)
+
+        def loss():
+            return part.loss(high, low).mean()
+    else:
+        text = random_text(c, B, device, torch.float32)
+        z_i = torch.randn(B, c.embed_dim, device=device)
+        more = (z_i, text) if name.endswith("prior") else (
+            torch.rand(B, 3, c.unet.size, c.unet.size, device=device) * 2 - 1, z_i, text)
+
+        def loss():
+            return part.loss(*more).mean()
+
+    def step():
+        opt.zero_grad(set_to_none=True)
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+            value = loss()
+        value.backward()
+        opt.step()
+
+    return step
+
+
+def seconds_of(step, device, limit, most):
+    """Time of one call, the median of up to `most` calls within `limit` seconds (one at least)."""
+    times, start = [], time.perf_counter()
+    while not times or (len(times) < most and time.perf_counter() - start < limit):
+        synchronize(device)
+        begin = time.perf_counter()
+        step()
+        synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[len(times) // 2]
+
+
+def synchronize(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_ceiling(device, dtype):
+    """FLOP/s of one large matrix product: what the hardware gives when nothing is in its way."""
+    n = 8192 if torch.device(device).type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    return 2 * n ** 3 / seconds_of(lambda: a @ b, device, limit=3, most=10)
+
+
+def free_memory(device):
+    """Bytes that can still be had."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory(device):
+    """Bytes at the highest: on CUDA since the last reset, on the CPU of the process so far."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource                                      # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def benchmark_stage(name, kind, config, args, device, dtype):
+    """One row of the table, a dict; {"note": ...} instead of times if it would not fit."""
+    with torch.device("meta"):
+        count = sum(w.numel() for w in kind(config).parameters())
+    row = {"stage": name, "parameters": count, "note": ""}
+    # sampling: the weights; training: float32 weights, gradients and Adam's two averages
+    need = count * (16 if args.train else torch.empty((), dtype=dtype).element_size())
+    if 1.1 * need > free_memory(device):
+        return row | {"note": f"does not fit: the weights alone take {need / 1e9:.1f} GB, "
+                              f"{free_memory(device) / 1e9:.1f} GB are free"}
+    with torch.device(device):
+        part = kind(config)
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    if args.train:
+        step, steps = training_work(name, part.train(), args.batch, device, dtype), 1
+    else:
+        step, steps = sampling_work(name, part.eval().to(dtype), PRESETS[args.preset].sampling,
+                                    args.batch, device, dtype)
+    if args.compile:
+        for module in part.modules():
+            if isinstance(module, (clip.Block, decoder.UNet)):
+                module.compile()
+    with torch.set_grad_enabled(args.train):
+        with FlopCounterMode(display=False) as counter:
+            step()                                       # also warms up, and compiles
+        seconds = seconds_of(step, device, args.limit_seconds, max(3, steps))
+    flops = counter.get_total_flops()
+    return row | {"steps": steps, "seconds": seconds * steps, "FLOPs": flops * steps,
+                  "FLOP/s": flops / seconds, "peak": peak_memory(device)}
+
+
+def run_benchmark(args):
+    device, dtype = pick_device(args.device), DTYPES[args.dtype]
+    ceiling, rows = matmul_ceiling(device, dtype), []
+    print(f"{args.preset}, batch {args.batch}, {device}, {args.dtype}, torch {torch.__version__}: "
+          f"{'training steps' if args.train else 'sampling'}; a large matrix product runs at "
+          f"{ceiling / 1e12:.3g} TFLOP/s")
+    line = "{:<16} {:>9} {:>6} {:>10} {:>9} {:>9} {:>8} {:>8}"
+    print(line.format("stage", "M params", "steps", "GFLOP", "seconds", "TFLOP/s", "share",
+                      "peak GB"))
+    for name, kind in PARTS.items():
+        config = getattr(PRESETS[args.preset], name)
+        if config is None:
+            continue
+        row = benchmark_stage(name, kind, config, args, device, dtype)
+        rows.append(row)
+        print(f"{name:<16} {row['parameters'] / 1e6:>9.1f} {row['note']}" if row["note"] else
+              line.format(name, f"{row['parameters'] / 1e6:.1f}", row["steps"],
+                          f"{row['FLOPs'] / 1e9:.4g}", f"{row['seconds']:.3g}",
+                          f"{row['FLOP/s'] / 1e12:.3g}", f"{row['FLOP/s'] / ceiling:.0%}",
+                          f"{row['peak'] / 1e9:.2f}"), flush=True)
+    used = [row for row in rows if "seconds" in row and row["stage"] != "ar_prior"]
+    total = sum(row["seconds"] for row in used)
+    if not args.train and len(used) == len([r for r in rows if r["stage"] != "ar_prior"]):
+        print(f"one batch of {args.batch} with the diffusion prior: {total:.3g} s, "
+              f"{60 * args.batch / total:.3g} pictures a minute")
+    if args.json:
+        Path(args.json).write_text(json.dumps({
+            "preset": args.preset, "batch": args.batch, "device": str(device), "dtype": args.dtype,
+            "torch": torch.__version__, "train": args.train, "compile": args.compile,
+            "ceiling FLOP/s": ceiling, "stages": rows, "total seconds": total}, indent=1) + "\n")
+
+
 # ---------------------------------------------------------------- command line
 
 HERE = Path(__file__).resolve().parent
@@ -483,20 +800,72 @@ def pick_device(name):
 
 def run_sample(args):
     start = time.perf_counter()
-    model = load(args.weights, pick_device(args.device), DTYPES[args.dtype])
+    model = open_weights(args)
     unknown = model.unknown_words(args.captions)
     if unknown:
         print(f"These weights have never met: {', '.join(unknown)}. They know: "
               f"{', '.join(sorted(model.words))}.", file=sys.stderr)
-    captions = [text for text in args.captions for _ in range(args.n * args.rerank)]
+    captions = [text for text in args.captions for _ in range(args.n)]
     generator = torch.Generator().manual_seed(args.seed)
     pictures = model.sample(captions, prior=args.prior, guidance=args.guidance,
                             prior_guidance=args.prior_guidance, prior_steps=args.prior_steps,
                             decoder_steps=args.decoder_steps, candidates=args.candidates,
-                            upsampler_steps=args.upsampler_steps, generator=generator)
-    if args.rerank > 1:
-        pictures = model.rerank(pictures, args.captions, keep=args.n)
-    save_grid(pictures, args.out, columns=args.n)
+                            upsampler_steps=args.upsampler_steps, rerank=args.rerank,
+                            generator=generator)
+    show(pictures, args, start, columns=args.n)
+
+
+def run_variations(args):
+    start, model = time.perf_counter(), open_weights(args)
+    image = open_picture(args.image)
+    pictures = model.variations(image, args.n, args.eta, **from_picture(args))
+    show(beside([image], pictures), args, start)
+
+
+def run_interpolate(args):
+    start, model = time.perf_counter(), open_weights(args)
+    a, b = open_picture(args.a), open_picture(args.b)
+    pictures = model.interpolate(a, b, args.n, noise=args.noise, **from_picture(args))
+    show(beside([a], pictures, [b]), args, start)
+
+
+def run_edit(args):
+    start, model = time.perf_counter(), open_weights(args)
+    image = open_picture(args.image)
+    pictures = model.text_diff(image, args.source, args.target, args.n, args.strength,
+                               **from_picture(args))
+    show(beside([image], pictures), args, start)
+
+
+def open_weights(args):
+    return load(args.weights, pick_device(args.device), DTYPES[args.dtype], args.clip,
+                args.low_memory)
+
+
+def open_picture(path):
+    """A picture file -> (3, S, S) in [-1, 1], the middle of it if it is not square."""
+    picture = clip.read_picture(path)
+    return clip.preprocess(picture, min(picture.size))
+
+
+def from_picture(args):
+    """What the commands that begin with a picture share."""
+    return {"guidance": args.guidance or 1.0, "steps": args.decoder_steps or 250,
+            "upsampler_steps": args.upsampler_steps, "progress": "pictures",
+            "generator": torch.Generator().manual_seed(args.seed)}
+
+
+def beside(before, pictures, after=()):
+    """Pictures of any size before and after (B, 3, H, H), all in one batch of that size."""
+    def fit(images):
+        return [F.interpolate(x[None], pictures.shape[2:], mode="bicubic",
+                              antialias=True).clamp(-1, 1).to(pictures.device) for x in images]
+    return torch.cat([*fit(before), pictures, *fit(after)])
+
+
+def show(pictures, args, start, columns=None):
+    """Write the pictures in rows of `columns` (all in one) and say so."""
+    save_grid(pictures, args.out, columns or len(pictures))
     print(f"{len(pictures)} picture{'s' * (len(pictures) > 1)} of {tuple(pictures.shape[2:])} "
           f"pixels in {time.perf_counter() - start:.1f} s: {args.out}")
 
@@ -528,8 +897,12 @@ def main(argv=None):
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--weights", default=str(HERE / "weights/toy.pt"), metavar="PATH",
                         help="a checkpoint of train_toy.py, or a Karlo folder")
+    common.add_argument("--clip", metavar="PATH", help="for a Karlo folder without image encoder: "
+                        "OpenAI's ViT-L-14.pt, or a CLIP folder")
     common.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     common.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the networks")
+    common.add_argument("--low-memory", action="store_true",
+                        help="parts come to the device one at a time")
     common.add_argument("--seed", type=int, default=0, help="equal seeds, equal pictures")
     common.add_argument("--guidance", type=float,
                         help="of the decoder; 1 is none (default: the weights')")
@@ -548,9 +921,50 @@ def main(argv=None):
     sub.add_argument("--prior-steps", type=positive, metavar="N", help="(default: the weights')")
     sub.add_argument("--candidates", type=positive, metavar="N",
                      help="embeddings drawn for each picture (default: the weights')")
-    sub.add_argument("--rerank", type=positive, default=1, metavar="N",
-                     help="draw N times as many pictures and keep those that CLIP likes best")
+    sub.add_argument("--rerank", type=positive, metavar="N", help="draw N small pictures for each "
+                     "one, enlarge the one CLIP likes best (default: the weights')")
     sub.set_defaults(run=run_sample)
+
+    sub = commands.add_parser("variations", parents=[common], help="pictures like a picture",
+                              formatter_class=formatter, allow_abbrev=False)
+    sub.add_argument("image", metavar="PICTURE", help="any picture file; its middle square is used")
+    sub.add_argument("-n", type=positive, default=8, help="how many")
+    sub.add_argument("--eta", type=float, default=1.0, help="noise on the way: 0 draws the picture "
+                     "itself, 1 keeps only what CLIP sees")
+    sub.set_defaults(run=run_variations)
+
+    sub = commands.add_parser("interpolate", parents=[common], help="from one picture to another",
+                              formatter_class=formatter, allow_abbrev=False)
+    sub.add_argument("a", metavar="FROM")
+    sub.add_argument("b", metavar="TO")
+    sub.add_argument("-n", type=positive, default=8, help="pictures on the way")
+    sub.add_argument("--noise", choices=("slerp", "fixed"), default="slerp",
+                     help="slerp: the ends are the two pictures; fixed: one noise for all")
+    sub.set_defaults(run=run_interpolate)
+
+    sub = commands.add_parser("edit", parents=[common], help="change a picture by words",
+                              formatter_class=formatter, allow_abbrev=False)
+    sub.add_argument("image", metavar="PICTURE")
+    sub.add_argument("--source", required=True, metavar="CAPTION", help="what the picture shows")
+    sub.add_argument("--target", required=True, metavar="CAPTION", help="what it shall show")
+    sub.add_argument("-n", type=positive, default=8, help="pictures on the way there")
+    sub.add_argument("--strength", type=float, default=0.4, metavar="RADIANS",
+                     help="how far to turn the embedding, at most")
+    sub.set_defaults(run=run_edit)
+
+    sub = commands.add_parser("benchmark", help="how fast is each stage, and does it fit?",
+                              formatter_class=formatter, allow_abbrev=False)
+    sub.add_argument("--preset", choices=PRESETS, default="toy")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps")
+    sub.add_argument("--dtype", default="fp32", choices=DTYPES,
+                     help="of the weights; in training, of autocast")
+    sub.add_argument("--batch", type=positive, default=1, metavar="N")
+    sub.add_argument("--train", action="store_true", help="steps of training instead of sampling")
+    sub.add_argument("--compile", action="store_true", help="with torch.compile")
+    sub.add_argument("--limit-seconds", type=float, default=20.0, metavar="S",
+                     help="for each stage: measure a few steps and scale")
+    sub.add_argument("--json", metavar="PATH", help="write the table there too")
+    sub.set_defaults(run=run_benchmark)
 
     args = parser.parse_args(argv)
     stop_on_error(args.run, args)

@@ -432,6 +432,29 @@ def test_the_hybrid_loss_adds_a_thousandth_of_the_whole_bound(alphabar, pictures
           "0.001; in bits (divide by log 2); at t = 1 the discretised likelihood")
 
 
+def test_velocity_says_the_same_as_eps(alphabar, pictures):
+    """By its definition, sqrt(ab) eps - sqrt(1 - ab) x0; its error is that of eps over sqrt(ab)."""
+    x0, _, eps, v = pictures
+    for t in (1, 20, T):
+        x_t, ab = diffusion.q_sample(alphabar, x0, t, eps), alphabar[t]
+        velocity = ab.sqrt() * eps - (1 - ab).sqrt() * x0
+        close(diffusion.eps_from_velocity(alphabar, x_t, t, velocity), eps, f"t = {t}", 1e-9)
+        wrong = diffusion.eps_from_velocity(alphabar, x_t, t, velocity + v)
+        close((wrong - eps) / ab.sqrt(), v, f"t = {t}: the error", 1e-9)
+        off = diffusion.predict_x0(alphabar, x_t, t, wrong) - x0
+        close(off, -(1 - ab).sqrt() * v, f"t = {t}: never larger in x0 than it is", 1e-6)
+
+
+def test_the_weight_of_the_hybrid_loss_is_that_of_the_simple_part(alphabar, pictures):
+    x0, _, eps, v = pictures
+    t, weight = torch.tensor([2, 20, T]), torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    out = torch.cat([0.9 * eps, v], dim=1)
+    x_t = diffusion.q_sample(alphabar, x0, t, eps)
+    plain, heavy = (diffusion.hybrid_loss(alphabar, out, x0, x_t, t, eps, w) for w in (1.0, weight))
+    more = (weight - 1) * diffusion.simple_loss(0.9 * eps, eps)
+    close(heavy - plain, more, "weight - 1 times the simple loss")
+
+
 def test_the_bound_trains_the_variance_only(alphabar, pictures):
     x0, _, eps, v = pictures
     t = torch.tensor([1, 20, T])
@@ -601,12 +624,44 @@ def test_golden_sampling_runs(case, golden, rigged):
         close(got, case[name], f"{name} of {case['name']}: one draw a step, the last unused", 1e-6)
 
 
-@pytest.mark.parametrize("late", [1.0, 2.0])
-def test_training_times_are_exactly_1_to_T_with_the_stated_distribution(late):
-    """P(t <= a T) = a^late; the usual mistake: 0 is drawn, or T never is."""
+@pytest.mark.parametrize("B", [1, 4, 7])
+def test_training_times_are_1_to_T_each_equally_often(B):
+    """The usual mistake: 0 is drawn, or T never is."""
     torch.manual_seed(0)
-    t = diffusion.random_times(20, 200_000, late)
+    t = torch.cat([diffusion.random_times(20, B) for _ in range(20_000)])
+    share = torch.bincount(t, minlength=21).double() / len(t)
     assert t.min() == 1 and t.max() == 20, f"expected times 1..20, got {t.min()}..{t.max()}"
-    for k in range(1, 21):
-        share, expected = (t <= k).double().mean(), (k / 20) ** late
-        assert abs(share - expected) < 5 * (expected * (1 - expected) / 200_000) ** 0.5 + 1e-9
+    close(share[1:], torch.full((20,), 1 / 20), "every time is as likely as any other", 5e-3)
+
+
+def test_a_batch_has_one_time_from_each_equal_part():
+    torch.manual_seed(0)
+    for _ in range(100):
+        t = diffusion.random_times(1000, 8)
+        assert torch.equal((t - 1) // 125, torch.arange(8)), t
+
+
+# ------------------------------------------------------------------------------------------- demo
+
+
+def test_the_mixtures_denoiser_is_bayes_on_a_grid(alphabar):
+    """E[x0 | x_t] = sum x0 p(x0) p(x_t | x0) / sum p(x0) p(x_t | x0), in one dimension."""
+    centres, std = torch.tensor([[-1.5], [0.2], [1.0]], dtype=torch.float64), 0.3
+    u = torch.linspace(-6, 6, 40_001, dtype=torch.float64)
+    density = torch.exp(-(u[:, None] - centres[:, 0]) ** 2 / (2 * std ** 2)).sum(1)
+    x_t = torch.tensor([[-2.0], [0.1], [1.3]], dtype=torch.float64)
+    for t in (1, 20, T):
+        ab = alphabar[t]
+        weight = density * torch.exp(-(x_t - ab.sqrt() * u) ** 2 / (2 * (1 - ab)))     # (3, grid)
+        want = (weight * u).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+        close(diffusion.mixture_x0(alphabar, x_t, t, centres, std), want, f"t = {t}", 1e-6)
+
+
+def test_the_demo_ends_where_the_data_are(capsys):
+    diffusion.demo()
+    blocks = capsys.readouterr().out.split("\n")
+    data, again = blocks[3:14], blocks[17:28]
+    assert len(data) == len(again) == 11
+    a, b = (torch.tensor([[c not in " ." for c in line[:22].ljust(22)] for line in half])
+            for half in (data, again))
+    assert a.sum() > 20 and (a & b).sum() / (a | b).sum() > 0.7, "the left columns are alike"

@@ -47,9 +47,24 @@ def test_the_numbers_are_those_that_evaluate_wrote():
     assert content["captions"] in README
 
 
+def test_the_findings_are_those_that_figures_wrote():
+    found = json.loads((ROOT / "pictures/findings.json").read_text(encoding="utf-8"))
+    assert set(found) <= set(train_toy.FINDINGS)
+    assert train_toy.findings_table(found) in README, "put the table that `figures` prints there"
+
+
 def test_every_picture_is_there():
-    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+    for path in re.findall(r"\[[^]]*\]\(([^)]+\.png)\)", README):
         assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("name", ["diffusion", "clip", "prior", "decoder"])
+def test_every_chapter_shows_something(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    CHAPTERS[name].demo()
+    assert len(capsys.readouterr().out) > 60
+    if name == "decoder":
+        assert (tmp_path / "stages.png").stat().st_size > 1000
 
 
 def test_every_command_is_one_that_exists(monkeypatch, capsys):

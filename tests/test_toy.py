@@ -129,6 +129,11 @@ def test_swaps_exchange_one_kind_of_word_and_keep_the_others():
                      "a small red square above a large blue circle"]
 
 
+def test_the_sheet_of_the_world_is_drawn(tmp_path, capsys):
+    train_toy.main(["world", "-o", str(tmp_path / "world.png")])
+    assert "world.png" in capsys.readouterr().out and (tmp_path / "world.png").stat().st_size > 2e4
+
+
 # ---- Places --------------------------------------------------------------------------------------
 
 def outline(thing):

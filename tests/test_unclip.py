@@ -1,6 +1,8 @@
-"""The whole stack: presets, checkpoints, sampling, the command line and its answers to bad input."""
+"""The whole stack: presets, checkpoints, sampling, the command line, its answers to bad input."""
 import copy
 import dataclasses
+import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 import clip
+import diffusion
 import train_toy
 import unclip
 
@@ -83,7 +86,7 @@ def test_the_stages_draw_in_the_documented_order(stack):
         draw(stack)
     D = stack.config.clip.embed_dim
     assert sizes == ([(2, D)] * 3 + [(1, 3, 16, 16)] * 3
-                     + [(1, 3, 64, 64)] * 2 + [(1, 3, 256, 256)]), \
+                     + [(1, 3, 64, 64), (1, 3, 256, 256)]), \
         "2 candidates; a start for each stage, one draw per step but the last, none for DDIM"
 
 
@@ -136,6 +139,110 @@ def test_rerank_keeps_the_pictures_nearest_to_the_caption(stack):
         score = [float(clip.unit(stack.encode_image(x[None]))[0] @ z_t[row]) for x in mine]
         best = sorted(range(3), key=lambda i: -score[i])[:2]
         assert all(torch.equal(a, mine[i]) for a, i in zip(kept[2 * row:2 * row + 2], best))
+
+
+def test_sampling_with_rerank_enlarges_the_one_that_clip_likes_best(stack):
+    """Three drawn for each caption, all of one generator; the decoder's pictures are compared."""
+    generator = torch.Generator().manual_seed(5)
+    captions = [CAPTION, "a red circle"]
+    text = stack.encode_text([c for c in captions for _ in range(3)])
+    z_i = stack.embed(text, generator=generator)
+    small = stack.draw(z_i, text, upsampler_steps=(), generator=generator)
+    want = stack.enlarge(stack.rerank(small, captions, keep=1), generator=generator)
+    assert small.shape == (6, 3, 16, 16) and want.shape == (2, 3, 256, 256)
+    assert torch.equal(draw(stack, captions, seed=5, rerank=3), want)
+
+
+def test_with_low_memory_one_part_at_a_time_is_on_the_device(stack):
+    model, want = copy.deepcopy(stack), draw(stack)
+    model.low_memory = torch.device("meta")
+    with model.at_work("decoder") as part:
+        assert part is model.parts["decoder"] and all(w.is_meta for w in part.parameters())
+        assert not any(w.is_meta for w in model.parts["clip"].parameters())
+    assert all(torch.equal(w, v) for w, v in zip(model.parts["decoder"].parameters(),
+                                                 stack.parts["decoder"].parameters()))
+    model.low_memory = torch.device("cpu")
+    assert torch.equal(draw(model), want)
+
+
+# ---- what one can do with a picture: sec. 3
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return train_toy.render(train_toy.place(train_toy.parse(CAPTION), random.Random(0)), 64)
+
+
+def test_the_latent_is_clips_embedding_and_the_noise_that_ddim_makes_of_the_picture(stack, photo):
+    z_i, x_T = stack.latent(photo[None], steps=5)
+    assert torch.allclose(z_i, clip.unit(stack.encode_image(photo[None])))
+    d, text = stack.parts["decoder"], stack.no_caption(1)
+    x, times = torch.nn.functional.avg_pool2d(photo[None], 4), d.ddim_times(5)
+    assert times[0] == 1 and times[-1] == 997 and len(times) == 5
+    for t, u in zip(times, times[1:]):
+        out = d(x, torch.tensor([t - 1]), z_i, text)[:, :3]
+        x = diffusion.ddim_invert_step(d.alphabar, x, t, u,
+                                       diffusion.predict_x0(d.alphabar, x, t, out))
+    assert torch.allclose(x_T, x, atol=1e-4)
+
+
+def test_decoding_the_latent_brings_the_picture_back_the_better_the_more_steps(stack, photo):
+    """The weights are random but smooth; DDIM's error falls with the number of steps."""
+    small, errors = torch.nn.functional.avg_pool2d(photo[None], 4), []
+    for steps in (10, 40, 160):
+        z_i, x_T = stack.latent(photo[None], steps)
+        again = stack.decode(z_i, x_T, steps=steps, upsampler_steps=())
+        errors.append(float((again - small).square().mean().sqrt()))
+    assert errors[2] < errors[1] / 2 < errors[0] / 4, errors
+
+
+def test_250_steps_of_inversion_are_adms(stack):
+    assert stack.parts["decoder"].ddim_times(250) == list(range(1, 1000, 4))
+
+
+def test_variations_share_the_latent_and_differ_by_their_noise(stack, photo):
+    x = stack.variations(photo, 3, eta=1.0, steps=4, generator=torch.Generator().manual_seed(0))
+    assert x.shape == (3, 3, 256, 256) and not torch.equal(x[0], x[1])
+    still = stack.variations(photo, 2, eta=0.0, steps=4, upsampler_steps=())
+    assert torch.equal(still[0], still[1]), "without noise they are all the reconstruction"
+    assert torch.allclose(still[:1], stack.decode(*stack.latent(photo[None], 4), steps=4,
+                                                  upsampler_steps=()), atol=1e-4)
+
+
+def test_interpolation_begins_and_ends_with_the_two_pictures(stack, photo):
+    other = photo.flip(2)
+    path = stack.interpolate(photo, other, 5, steps=4, upsampler_steps=())
+    assert path.shape == (5, 3, 16, 16)
+    for x, end in ((photo, path[:1]), (other, path[-1:])):
+        again = stack.decode(*stack.latent(x[None], 4), steps=4, upsampler_steps=())
+        assert torch.allclose(again, end, atol=1e-4)
+    (z_a, x_a), (z_b, x_b) = (stack.latent(x[None], 4) for x in (photo, other))
+    half = [diffusion.slerp(a.flatten(1), b.flatten(1), torch.tensor(0.5)) for a, b in
+            ((z_a, z_b), (x_a, x_b))]
+    middle = stack.decode(half[0], half[1].view_as(x_a), steps=4, upsampler_steps=())
+    assert torch.allclose(middle, path[2:3], atol=1e-4)
+    fixed = stack.interpolate(photo, photo, 3, noise="fixed", steps=4, upsampler_steps=(),
+                              generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(fixed[0], fixed[2], atol=1e-4), "one noise, one embedding, one picture"
+
+
+def test_a_text_diff_turns_the_embedding_by_the_stated_angle_and_keeps_the_noise(stack, photo):
+    source, target = "a red circle", "a blue circle"
+    path = stack.text_diff(photo, source, target, 3, 0.4, steps=4, upsampler_steps=())
+    z_i, x_T = stack.latent(photo[None], 4)
+    z_t, z_t0 = (clip.unit(stack.encode_text([c]).z_t) for c in (target, source))
+    z_d = clip.unit(z_t - z_t0)
+    assert torch.allclose(stack.difference([source], [target]), z_d)
+    for x, theta in zip(path, (0.0, 0.2, 0.4)):
+        z = diffusion.slerp(z_i, z_d, torch.tensor(theta))
+        want = stack.decode(z, x_T, steps=4, upsampler_steps=())[0]
+        assert torch.allclose(x, want, atol=1e-4), theta
+    only = stack.text_diff(photo, source, target, 1, 0.4, steps=4, upsampler_steps=())
+    assert torch.allclose(only[0], path[-1], atol=1e-4), "n = 1 is the full edit"
+    with pytest.raises(ValueError, match="different captions"):
+        stack.text_diff(photo, source, source, 1)
+    with pytest.raises(ValueError, match="slerp"):
+        stack.interpolate(photo, photo, 2, noise="none")
 
 
 def test_every_picture_of_a_batch_is_independent(stack):
@@ -224,6 +331,25 @@ def test_sample_writes_a_picture_and_says_where(files, command):
     assert H == W and H > 2 * 256
 
 
+@pytest.mark.parametrize("words, columns", [
+    (["variations", "photo.png", "-n", "2"], 3),
+    (["interpolate", "photo.png", "photo.png", "-n", "3", "--noise", "fixed"], 5),
+    (["edit", "photo.png", "--source", "a red circle", "--target", "a blue circle", "-n", "2"], 3)])
+def test_pictures_can_be_varied_mixed_and_edited_from_the_command_line(command, files, photo, words,
+                                                                       columns):
+    """A strip: the user's picture, what became of it, and the other end."""
+    unclip.save_grid(torch.nn.functional.pad(photo, (0, 40))[None], files / "photo.png", 1)
+    status, said, _ = command(unclip.main, *words, "--weights", "good.pt", "--decoder-steps", "3",
+                              "-o", "strip.png")
+    assert status == 0 and "strip.png" in said
+    W, H = clip.read_picture(files / "strip.png").size
+    assert H == 256 and W == columns * 260 - 4
+    for bad, says in ((["no.png"], "no.png"), (["good.pt"], "good.pt")):
+        words[1:2] = bad
+        status, _, complaint = command(unclip.main, *words, "--weights", "good.pt")
+        assert status == 2 and says in complaint and "Traceback" not in complaint
+
+
 BAD = {
     "an unknown file": (["--weights", "nowhere.pt"], "no file nowhere.pt"),
     "a truncated file": (["--weights", "short.pt"], "short.pt is not a checkpoint, or is cut"),
@@ -255,14 +381,38 @@ def test_a_bad_caption_is_one_sentence_too(command, caption):
 
 
 @pytest.mark.parametrize("main, words", [
-    (unclip.main, []), (unclip.main, ["sample"]), (train_toy.main, []), (train_toy.main, ["read"]),
-    (train_toy.main, ["evaluate"]), (train_toy.main, ["gallery"])])
+    (unclip.main, []), (unclip.main, ["sample"]), (unclip.main, ["variations"]),
+    (unclip.main, ["interpolate"]), (unclip.main, ["edit"]), (train_toy.main, []),
+    (train_toy.main, ["read"]), (train_toy.main, ["evaluate"]), (train_toy.main, ["figures"]),
+    (train_toy.main, ["gallery"]), (train_toy.main, ["world"])])
 def test_every_command_explains_itself(command, main, words):
     status, said, _ = command(main, *words, "--help")
     assert status == 0 and said.startswith("usage")
 
 
+@pytest.mark.parametrize("options", [[], ["--train", "--batch", "2"], ["--dtype", "bf16"]])
+def test_the_benchmark_measures_every_stage(command, monkeypatch, options):
+    monkeypatch.setitem(unclip.PRESETS, "toy", tiny_config())
+    status, said, _ = command(unclip.main, "benchmark", "--limit-seconds", "0.01", "--json",
+                              "bench.json", *options)
+    assert status == 0 and "TFLOP/s" in said
+    content = json.loads(Path("bench.json").read_text())
+    assert [row["stage"] for row in content["stages"]] == list(unclip.PARTS)
+    for row in content["stages"]:
+        part = unclip.PARTS[row["stage"]](getattr(tiny_config(), row["stage"]))
+        assert row["parameters"] == sum(w.numel() for w in part.parameters())
+        assert row["FLOPs"] > row["parameters"] and row["seconds"] > 0
+    assert content["stages"][3]["steps"] == (1 if "--train" in options else 3)
+
+
+def test_the_benchmark_says_what_would_not_fit(command, monkeypatch):
+    monkeypatch.setattr(unclip, "free_memory", lambda device: 1e6)
+    status, said, _ = command(unclip.main, "benchmark", "--preset", "paper")
+    assert status == 0 and said.count("does not fit: the weights alone take") == 6
+    assert "14.0 GB" in said, "the decoder: 3.5 billion numbers of 4 bytes"
+
+
 def test_the_script_itself_ends_with_status_2_and_no_traceback():
-    out = subprocess.run([sys.executable, str(ROOT / "unclip.py"), "sample", "a", "--weights", "no"],
-                         capture_output=True, text=True)
+    words = [sys.executable, str(ROOT / "unclip.py"), "sample", "a", "--weights", "no"]
+    out = subprocess.run(words, capture_output=True, text=True)
     assert out.returncode == 2 and out.stderr.startswith("error: there is no file no")
