@@ -564,7 +564,7 @@ class UpsamplerConfig:
     T: int = 1000
     schedule: str = "cosine"        # cosine, linear
     corruption: str = "blur"        # of the small picture in training: blur, bsr
-    eta: float | None = 0.0         # DDIM's, 0 (the toy: 1); None: ancestral (Karlo)
+    eta: float | None = 0.0         # DDIM's; None: ancestral steps (Karlo)
     velocity: bool = False          # see `to_eps`; True in the toy only
     last: bool = False              # a second U-Net for the last step (Karlo)
 

@@ -1255,12 +1255,13 @@ def find_samplers(model, out):
         f"{percent(numbers[f'{kind}: accuracy, 50'])}" for kind in kinds)
 
 
-def climb(model, captions, steps=60, size=32, generator=None):
+@torch.enable_grad()
+def climb(model, captions, steps=60, generator=None):
     """What people did before: pixels moved uphill on CLIP's similarity to the caption.
 
-    -> (B, 3, size, size). It fools CLIP rather than drawing anything.
+    -> (B, 3, S, S), S the side that CLIP sees. It fools CLIP rather than drawing anything.
     """
-    z_t = clip.unit(model.encode_text(captions).z_t)
+    z_t, size = clip.unit(model.encode_text(captions).z_t), model.config.clip.image_size
     x = 0.1 * torch.randn(len(z_t), 3, size, size, generator=generator) + 0.8
     x.requires_grad_()
     optimizer = torch.optim.Adam([x], lr=0.05)
@@ -1322,7 +1323,7 @@ def figures(args):
     for name in args.only or FINDINGS:
         find, where = FINDINGS[name]
         start = time.monotonic()
-        with torch.no_grad() if name != "clip_guided" else torch.enable_grad():
+        with torch.no_grad():
             numbers, sentence = find(model, out)
         found[name] = {"paper": where, "sentence": sentence, "numbers": numbers,
                        "seconds": round(time.monotonic() - start)}

@@ -850,7 +850,8 @@ def open_picture(path):
 
 def from_picture(args):
     """What the commands that begin with a picture share."""
-    return {"guidance": args.guidance or 1.0, "steps": args.decoder_steps or 250,
+    return {"guidance": 1.0 if args.guidance is None else args.guidance,
+            "steps": args.decoder_steps or 250,
             "upsampler_steps": args.upsampler_steps, "progress": "pictures",
             "generator": torch.Generator().manual_seed(args.seed)}
 
@@ -910,7 +911,6 @@ def main(argv=None):
                         help="(default: the weights')")
     common.add_argument("--upsampler-steps", type=positive, metavar="N", nargs="+",
                         help="one number for each upsampler (default: the weights')")
-    common.add_argument("-o", "--out", default="out.png", help="where to write the picture")
 
     sub = commands.add_parser("sample", parents=[common], help="captions to pictures",
                               formatter_class=formatter, allow_abbrev=False)
@@ -923,6 +923,7 @@ def main(argv=None):
                      help="embeddings drawn for each picture (default: the weights')")
     sub.add_argument("--rerank", type=positive, metavar="N", help="draw N small pictures for each "
                      "one, enlarge the one CLIP likes best (default: the weights')")
+    sub.add_argument("-o", "--out", default="out.png", help="where to write the picture")
     sub.set_defaults(run=run_sample)
 
     sub = commands.add_parser("variations", parents=[common], help="pictures like a picture",
@@ -931,6 +932,7 @@ def main(argv=None):
     sub.add_argument("-n", type=positive, default=8, help="how many")
     sub.add_argument("--eta", type=float, default=1.0, help="noise on the way: 0 draws the picture "
                      "itself, 1 keeps only what CLIP sees")
+    sub.add_argument("-o", "--out", default="variations.png", help="where to write the picture")
     sub.set_defaults(run=run_variations)
 
     sub = commands.add_parser("interpolate", parents=[common], help="from one picture to another",
@@ -940,6 +942,7 @@ def main(argv=None):
     sub.add_argument("-n", type=positive, default=8, help="pictures on the way")
     sub.add_argument("--noise", choices=("slerp", "fixed"), default="slerp",
                      help="slerp: the ends are the two pictures; fixed: one noise for all")
+    sub.add_argument("-o", "--out", default="interpolation.png", help="where to write the picture")
     sub.set_defaults(run=run_interpolate)
 
     sub = commands.add_parser("edit", parents=[common], help="change a picture by words",
@@ -950,6 +953,7 @@ def main(argv=None):
     sub.add_argument("-n", type=positive, default=8, help="pictures on the way there")
     sub.add_argument("--strength", type=float, default=0.4, metavar="RADIANS",
                      help="how far to turn the embedding, at most")
+    sub.add_argument("-o", "--out", default="edit.png", help="where to write the picture")
     sub.set_defaults(run=run_edit)
 
     sub = commands.add_parser("benchmark", help="how fast is each stage, and does it fit?",

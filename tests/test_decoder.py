@@ -361,6 +361,22 @@ def test_a_fresh_decoder_starts_at_the_expected_loss(text):
     assert loss.shape == (64,) and 0.95 < loss.median() < 1.2, f"median {loss.median()}, expected 1"
 
 
+def test_with_velocity_the_loss_is_the_error_of_the_velocity(text, monkeypatch):
+    """A U-Net that says 0 is off by all of sqrt(ab) eps - sqrt(1 - ab) x0."""
+    config = small(vocab_size=30, text_layers=1, text_heads=2)
+    config.velocity = True
+    model, seen = decoder.Decoder(config), {}
+    monkeypatch.setattr(diffusion, "vlb_loss", lambda *args: 0.0)
+    real = diffusion.q_sample
+    monkeypatch.setattr(diffusion, "q_sample", lambda ab, x0, t, eps:
+                        seen.update(t=t, eps=eps) or real(ab, x0, t, eps))
+    x0 = rand(8, 3, 8, 8).clamp(-1, 1)
+    got = model.loss(x0, rand(8, 8), text)
+    ab = model.alphabar[seen["t"]].float()[:, None, None, None]
+    want = (ab.sqrt() * seen["eps"] - (1 - ab).sqrt() * x0).pow(2).mean((1, 2, 3))
+    assert torch.allclose(got, want, rtol=2e-2), (got, want)
+
+
 def test_training_drops_embeddings_and_captions_and_draws_every_time(own_words, text, monkeypatch):
     own_words.config.T, own_words.alphabar = 4, diffusion.cosine_alphabar(4)
     many, told = clip.Text(*(x[-1:].expand(4000, *x.shape[1:]) for x in text)), []

@@ -342,6 +342,7 @@ def test_pictures_can_be_varied_mixed_and_edited_from_the_command_line(command, 
     status, said, _ = command(unclip.main, *words, "--weights", "good.pt", "--decoder-steps", "3",
                               "-o", "strip.png")
     assert status == 0 and "strip.png" in said
+    assert clip.read_picture(files / "photo.png").size == (104, 64), "the user's picture stays"
     W, H = clip.read_picture(files / "strip.png").size
     assert H == 256 and W == columns * 260 - 4
     for bad, says in ((["no.png"], "no.png"), (["good.pt"], "good.pt")):
