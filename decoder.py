@@ -306,10 +306,11 @@ class Decoder(nn.Module):
     def loss(self, x0, z_i, text):
         """x0 (B, 3, H, W) in [-1, 1] -> (B,): IDDPM's hybrid loss.   Sec. 2.1
 
-        z_i is dropped in 10 % of the rows, the caption in 50 %, one regardless of the other.
+        z_i is dropped in 10 % of the rows, the caption in 50 %, one regardless of the other. With
+        config.velocity most times are middle ones: in a short run shapes are learnt sooner.
         """
         B, c = len(x0), self.config
-        t = diffusion.random_times(c.T, B)
+        t = diffusion.middle_times(c.T, B) if c.velocity else diffusion.random_times(c.T, B)
         eps = torch.randn(x0.shape).to(x0)
         keep_image = (torch.rand(B, 1) >= 0.1).to(x0.device)
         keep_text = (torch.rand(B) >= 0.5).to(x0.device)

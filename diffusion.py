@@ -272,6 +272,16 @@ def random_times(T, B):
     return 1 + (T * (torch.arange(B) + torch.rand(B)) / B).long().clamp(max=T - 1)
 
 
+def middle_times(T, B):
+    """Times to train at, (B,) long in 1..T, mostly middle ones: t / T = sigmoid(N(-0.1, 0.9^2)).
+
+    That is where shapes and colours are decided: at the ends a network learns to copy what it is
+    given. One from each of B equal parts of the normal, too.   SD3 (Esser et al. 2024) sec. 3.1
+    """
+    u = (torch.arange(B) + torch.rand(B)) / B
+    return 1 + (T * torch.sigmoid(0.9 * torch.special.ndtri(u) - 0.1)).long().clamp(max=T - 1)
+
+
 def simple_loss(eps_hat, eps):
     """L_simple = |eps_hat - eps|^2 averaged over an example: (B, ...) -> (B,).   DDPM eq. 14.
 

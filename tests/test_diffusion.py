@@ -641,6 +641,17 @@ def test_a_batch_has_one_time_from_each_equal_part():
         assert torch.equal((t - 1) // 125, torch.arange(8)), t
 
 
+def test_middle_times_are_logit_normal():
+    """P(t <= T p) = Phi((logit(p) + 0.1) / 0.9), Phi from the error function."""
+    torch.manual_seed(0)
+    t = torch.cat([diffusion.middle_times(1000, 8) for _ in range(20_000)])
+    assert t.min() >= 1 and t.max() <= 1000
+    for p in (0.05, 0.2, 0.5, 0.8, 0.95):
+        want = 0.5 + 0.5 * math.erf((math.log(p / (1 - p)) + 0.1) / 0.9 / 2 ** 0.5)
+        got = (t <= 1000 * p).double().mean().item()
+        assert abs(got - want) < 4e-3, f"expected {want:.4f} of the times up to {p} T, got {got:.4f}"
+
+
 # ------------------------------------------------------------------------------------------- demo
 
 
