@@ -411,9 +411,9 @@ def test_the_command_line_prints_a_probability_for_each_caption(photo, weights, 
 
 
 @pytest.mark.parametrize("wrong, says", [
-    ({"picture": "nowhere.jpg"}, "no picture nowhere.jpg"),
-    ({"--weights": "no.pt"}, "no file no.pt"),
-    ({"--vocab": "no.gz"}, "no merges file no.gz"), ({"--vocab": None}, "expected --vocab"),
+    ({"picture": "nowhere.jpg"}, "there is no nowhere.jpg; expected a picture"),
+    ({"--weights": "no.pt"}, "there is no no.pt; expected a file of weights"),
+    ({"--vocab": "no.gz"}, "there is no no.gz; expected a merges file"), ({"--vocab": None}, "expected --vocab"),
     ({"caption": "word " * 40}, "at most 16 tokens"), ({"--device": "abacus"}, "abacus")])
 def test_bad_input_ends_in_one_sentence_and_status_2(photo, weights, capsys, wrong, says):
     given = {"picture": photo, "caption": "a", "--weights": weights,
