@@ -649,7 +649,7 @@ def read_safetensors(path):
     with reading(path, "a safetensors file"), open(path, "rb") as file:
         size = Path(path).stat().st_size
         N = int.from_bytes(file.read(8), "little")
-        if size < 8 or N > min(size - 8, 100_000_000):
+        if N > min(size - 8, 100_000_000):
             raise ValueError(f"its header should have {N} bytes, the file has {size}")
         header = json.loads(file.read(N))
         header.pop("__metadata__", None)
@@ -686,6 +686,8 @@ class ArchiveReader(pickle.Unpickler):
     known = {("torch._utils", "_rebuild_tensor_v2"):
              lambda data, start, shape, stride, *_: data.as_strided(shape, stride, start),
              ("torch.jit._pickle", "restore_type_tag"): lambda value, tag: value,
+             **{("torch.jit._pickle", f"build_{kind}list"): list
+                for kind in ("int", "double", "bool", "tensor")},
              ("collections", "OrderedDict"): dict,
              ("torch", "DoubleStorage"): torch.float64, ("torch", "FloatStorage"): torch.float32,
              ("torch", "HalfStorage"): torch.float16, ("torch", "LongStorage"): torch.int64,
