@@ -104,7 +104,7 @@ def first_line(error):
 def reading(path, kind):
     """`with reading(path, "a picture"):` - what goes wrong ends in one sentence about the file.
 
-    FileNotFoundError where it is not there, ValueError for all else: a damaged file raises anything.
+    FileNotFoundError where it is not there, else ValueError: a damaged file may raise anything.
     """
     try:
         yield
@@ -746,11 +746,12 @@ def read_folder(folder):
     settings = read_json(folder / "config.json")
     names = [stem + end for end in (".safetensors", ".bin")
              for stem in ("model", "diffusion_pytorch_model", "pytorch_model")]
-    for path in (folder / name for name in names if (folder / name).is_file()):
-        return {key: weight for key, weight in read_weights(path).items()
-                if not key.endswith("position_ids")}, settings, path
-    raise FileNotFoundError(f"there are no weights in {folder}; expected one of "
-                            f"{', '.join(names)}")
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"there are no weights in {folder}; expected one of "
+                                f"{', '.join(names)}")
+    weights = read_weights(path)
+    return {k: w for k, w in weights.items() if not k.endswith("position_ids")}, settings, path
 
 
 def expect(settings, path, **wanted):

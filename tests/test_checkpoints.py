@@ -124,7 +124,7 @@ def test_loading_takes_the_memory_of_what_is_converted_and_no_more(tmp_path):
     head += b" " * (-len(head) % 8)
     path.write_bytes(struct.pack("<Q", len(head)) + head + bytes(size))
     out = subprocess.run([sys.executable, "-c", LOADING, path], capture_output=True, text=True,
-                          check=True, cwd=Path(clip.__file__).parent,
+                         check=True, cwd=Path(clip.__file__).parent,
                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}).stdout
     of_its_own, highest = map(int, out.split())
     assert abs(of_its_own - size / 2) < 0.1 * size
@@ -463,7 +463,8 @@ def test_the_command_line_prints_a_probability_for_each_caption(photo, weights, 
 @pytest.mark.parametrize("wrong, says", [
     ({"picture": "nowhere.jpg"}, "there is no nowhere.jpg; expected a picture"),
     ({"--weights": "no.pt"}, "there is no no.pt; expected a file of weights"),
-    ({"--vocab": "no.gz"}, "there is no no.gz; expected a merges file"), ({"--vocab": None}, "expected --vocab"),
+    ({"--vocab": "no.gz"}, "there is no no.gz; expected a merges file"),
+    ({"--vocab": None}, "expected --vocab"),
     ({"caption": "word " * 40}, "at most 16 tokens"), ({"--device": "abacus"}, "abacus")])
 def test_bad_input_ends_in_one_sentence_and_status_2(photo, weights, capsys, wrong, says):
     given = {"picture": photo, "caption": "a", "--weights": weights,
@@ -699,8 +700,8 @@ def run_pictures(seeing, tmp_path, *words):
     return lambda path: model.encode_image(clip.preprocess(path, model.config.image_size)[None])
 
 
-def test_variations_are_told_clips_raw_features_and_the_empty_caption(seeing, photos, told, expected,
-                                                                      karlo, tmp_path):
+def test_variations_are_told_raw_features_and_the_empty_caption(seeing, photos, told, expected,
+                                                                karlo, tmp_path):
     """Guidance compares with the learned null embedding, which says "" as well."""
     see = run_pictures(seeing, tmp_path, "variations", photos[0], "-n", "2", "--guidance", "8")
     (inverted, _), (z_i, text) = told
@@ -761,7 +762,7 @@ def test_low_memory_changes_nothing_and_half_precision_little(words, folder, pho
     (["variations", "a.png", "--clip", "small.pt"], "small.pt has no image encoder that fits"),
     (["sample", "a", "--prior", "ar"], r"expected one of the priors \['diffusion'\], got 'ar'"),
     (["sample", "a", "--weights", "variations"], "hold no prior, so they draw from pictures")])
-def test_what_a_karlo_cannot_do_it_says_in_one_sentence(words, says, karlo, folder, photos, tmp_path,
+def test_what_a_karlo_cannot_do_it_says_in_one_sentence(words, says, folder, photos, tmp_path,
                                                         monkeypatch, capsys):
     """Another CLIP with equal sizes has another space: ViT-L-14-336px.pt beside Karlo's."""
     monkeypatch.chdir(tmp_path)
@@ -861,6 +862,14 @@ def test_a_bad_file_is_named_in_one_sentence(folder, file, how):
         unclip.load(folder)
     named = str(path.parent if how == "absent" and "diffusion" in file else path)
     assert named in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_folder_with_code_in_it_is_refused_and_the_code_not_run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    torch.save({"w": Trap()}, folder / "decoder/diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="decoder/diffusion_pytorch_model.bin is refused"):
+        unclip.load(folder)
+    assert not (folder / "trapped").exists(), "the file's code was run"
 
 
 @pytest.mark.parametrize("file, settings, says", [

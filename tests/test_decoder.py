@@ -124,7 +124,7 @@ def test_the_decoder_samples_what_karlos_samples(karlo, monkeypatch):
 
 
 def test_guided_ddim_keeps_x0_among_the_pixels_and_plain_ddim_leaves_it_alone(karlo, monkeypatch):
-    """A denoiser that sees x0 = 5 up to the last step, where it sees a tenth of what it is given."""
+    """A denoiser that sees x0 = 5, but at the last step a tenth of what it is given."""
     model, text, golden = karlo
     alphabar = model.alphabar
 
