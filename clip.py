@@ -15,7 +15,7 @@ the caption encoder, SAM (Foret et al. 2020), unCLIP (Ramesh et al. 2022) append
 """
 import argparse
 import collections
-import functools
+import contextlib
 import gzip
 import html
 import io
@@ -27,7 +27,6 @@ import re
 import sys
 import unicodedata
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -97,41 +96,47 @@ BYTE_OF = {character: b for b, character in BYTES.items()}
 ALPHABET = [*BYTES.values(), *(c + "</w>" for c in BYTES.values())]     # 512; </w> ends a word
 
 
+def first_line(error):
+    return str(error).split("\n")[0]
+
+
+@contextlib.contextmanager
+def reading(path, kind):
+    """`with reading(path, "a picture"):` - what goes wrong ends in one sentence about the file.
+
+    FileNotFoundError where it is not there, else ValueError: a damaged file may raise anything.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {path}; expected {kind}") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is refused: it holds more than tensors, perhaps code, or it is "
+                         "no checkpoint at all") from None
+    except Exception as error:
+        kind_of_error = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path} is damaged or not {kind}: {kind_of_error}{first_line(error)}"
+                         ) from None
+
+
 def read_merges(path):
     """A merges file, plain or gzipped -> ["i n", "t h", ...]; line 0 is a header."""
-    try:
+    with reading(path, "a merges file such as bpe_simple_vocab_16e6.txt.gz"):
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no merges file {path}; give bpe_simple_vocab_16e6.txt"
-                                ".gz, or a folder with vocab.json and merges.txt") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged or not a merges file: {error}") from None
-    lines = [line.strip() for line in text.split("\n")[:1 + MERGES]]
-    if {*lines[0].split()} <= {*ALPHABET}:             # empty, or a merge already
-        raise ValueError(f"{path} does not begin with a header line; is the file cut?")
-    return [line for line in lines[1:] if line]
+        lines = [line.strip() for line in text.split("\n")[:1 + MERGES]]
+        if {*lines[0].split()} <= {*ALPHABET}:         # empty, or a merge already
+            raise ValueError("it does not begin with a header line")
+        return [line for line in lines[1:] if line]
 
 
 def read_json(path):
-    """A JSON file -> dict.   FileNotFoundError, or ValueError, with the file's name."""
-    try:
+    """A JSON file -> dict."""
+    with reading(path, "a JSON object, {...}"):
         content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {path}; is the folder complete?") from None
-    except (ValueError, RecursionError) as error:      # JSON and Unicode errors are ValueErrors
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object: expected {{...}}")
-    return content
-
-
-def read_vocab(path):
-    """vocab.json -> {token: id}."""
-    vocab = read_json(path)
-    if any(type(i) is not int for i in vocab.values()):
-        raise ValueError(f"{path} is not a vocabulary: expected {{token: id, ...}}")
-    return vocab
+        if not isinstance(content, dict):
+            raise ValueError(f"it is a {type(content).__name__}")
+        return content
 
 
 def spell(word):
@@ -177,7 +182,7 @@ class Tokenizer:
         if missing := [token for token in needed if token not in vocab]:
             raise ValueError(f"expected every byte and every part of a merge in the vocabulary, "
                              f"but {missing[0]!r} is missing; are these of the same model?")
-        if [vocab[token] for token in self.tokens] != [*range(len(vocab))]:
+        if [repr(vocab[token]) for token in self.tokens] != [str(i) for i in range(len(vocab))]:
             raise ValueError("expected a vocabulary with the ids 0, 1, 2, ... once each")
         self.rank = {pair: n for n, pair in enumerate(pairs)}
         self.start, self.end = vocab[START], vocab[END]
@@ -224,11 +229,9 @@ class Tokenizer:
         if not path.is_dir():
             merges, vocab = read_merges(path), None
         else:
-            merges, vocab = read_merges(path / "merges.txt"), read_vocab(path / "vocab.json")
-        try:
+            merges, vocab = read_merges(path / "merges.txt"), read_json(path / "vocab.json")
+        with reading(path, "a CLIP tokenizer"):
             return cls(merges, vocab)
-        except ValueError as error:
-            raise ValueError(f"{path} holds no CLIP tokenizer: {error}") from None
 
     def state(self):
         """What a checkpoint stores, as plain strings and numbers; from_state is the inverse."""
@@ -600,17 +603,9 @@ def zero_shot(model, images, tokens):
 
 
 def read_picture(path):
-    """A picture file -> PIL image, RGB, turned upright as its camera noted.
-
-    FileNotFoundError, or ValueError for a file that is no picture or is cut short.
-    """
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no picture {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a picture that can be read: {error}") from None
+    """A picture file -> PIL image, RGB, turned upright as its camera noted."""
+    with reading(path, "a picture"), Image.open(path) as picture:
+        return ImageOps.exif_transpose(picture).convert("RGB")
 
 
 def preprocess(picture, size):
@@ -645,28 +640,24 @@ SAFE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16"
         "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def first_line(error):
-    return str(error).split("\n")[0]
-
-
 def read_safetensors(path):
     """A safetensors file -> {name: tensor}, windows on the file itself (changing one leaves it be).
 
     8 bytes: N, little-endian; N bytes of JSON {name: {dtype, shape, data_offsets}}; the data, one
     tensor after the other without gaps, offsets counted from its start.   ValueError otherwise.
     """
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            N = int.from_bytes(file.read(8), "little")
-            if size < 8 or N > min(size - 8, 100_000_000):
-                raise ValueError(f"its header should have {N} bytes, the file has {size}")
-            header = json.loads(file.read(N))
+    with reading(path, "a safetensors file"), open(path, "rb") as file:
+        size = Path(path).stat().st_size
+        N = int.from_bytes(file.read(8), "little")
+        if N > min(size - 8, 100_000_000):
+            raise ValueError(f"its header should have {N} bytes, the file has {size}")
+        header = json.loads(file.read(N))
         header.pop("__metadata__", None)
         data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + N:]
         tensors, at = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in SAFE:
+                raise ValueError(f"{name} is {entry['dtype']}, none of {', '.join(SAFE)}")
             dtype, (begin, end) = SAFE[entry["dtype"]], entry["data_offsets"]
             if begin != at or end - begin != math.prod(entry["shape"]) * dtype.itemsize:
                 raise ValueError(f"{name} should be {entry['dtype']} {entry['shape']} at byte {at},"
@@ -674,17 +665,12 @@ def read_safetensors(path):
             if end > len(data):
                 raise ValueError(f"{name} ends at byte {end} of {len(data)}; is it cut short?")
             window, at = data[begin:end], end
-            aligned = (8 + N + begin) % dtype.itemsize == 0
-            window = window if aligned else window.clone()
+            if (8 + N + begin) % dtype.itemsize:                   # numbers cannot be read there
+                window = window.clone()
             tensors[name] = window.view(dtype).view(entry["shape"])
         if at != len(data):
             raise ValueError(f"it goes on for {len(data) - at} bytes after its last tensor")
         return tensors
-    except KeyError as error:
-        raise ValueError(f"{path} is no safetensors file we can read: {error} is not known or not "
-                         "there") from None
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {first_line(error)}") from None
 
 
 class Archived:
@@ -700,6 +686,8 @@ class ArchiveReader(pickle.Unpickler):
     known = {("torch._utils", "_rebuild_tensor_v2"):
              lambda data, start, shape, stride, *_: data.as_strided(shape, stride, start),
              ("torch.jit._pickle", "restore_type_tag"): lambda value, tag: value,
+             **{("torch.jit._pickle", f"build_{kind}list"): list
+                for kind in ("int", "double", "bool", "tensor")},
              ("collections", "OrderedDict"): dict,
              ("torch", "DoubleStorage"): torch.float64, ("torch", "FloatStorage"): torch.float32,
              ("torch", "HalfStorage"): torch.float16, ("torch", "LongStorage"): torch.int64,
@@ -737,40 +725,33 @@ def read_weights(path):
     FileNotFoundError, or ValueError for a file that is damaged or holds more than tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; is the download complete?")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    try:
-        zipped = zipfile.is_zipfile(path)
-        names = zipfile.ZipFile(path).namelist() if zipped else []
-        folder = names[0].split("/")[0] if names else ""
-        if f"{folder}/constants.pkl" in names:                     # TorchScript
+    with reading(path, "a file of weights"):
+        if not zipfile.is_zipfile(path):                           # torch.save of long ago
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        else:
             with zipfile.ZipFile(path) as archive:
-                return dict(archived_tensors(ArchiveReader(archive, folder).load()))
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} is refused: it holds more than tensors, perhaps code, or it is "
-                         "no checkpoint at all") from None
-    except Exception as error:                                     # a damaged file raises anything
-        raise ValueError(f"{path} is damaged or not a file of weights "
-                         f"({type(error).__name__}: {first_line(error)})") from None
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        raise ValueError(f"{path} is not a file of weights: expected {{name: tensor}}")
-    return {name: weight.detach() for name, weight in weights.items()}
+                folder = archive.namelist()[0].split("/")[0]
+                if f"{folder}/constants.pkl" in archive.namelist():            # TorchScript
+                    return dict(archived_tensors(ArchiveReader(archive, folder).load()))
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+            raise ValueError("expected {name: tensor}")
+        return {name: weight.detach() for name, weight in weights.items()}
 
 
 def read_folder(folder):
     """A model's folder, as Hugging Face's libraries write it -> weights, settings, weight file."""
+    settings = read_json(folder / "config.json")
     names = [stem + end for end in (".safetensors", ".bin")
              for stem in ("model", "diffusion_pytorch_model", "pytorch_model")]
-    there = [folder / name for name in names if (folder / name).is_file()]
-    settings = read_json(folder / "config.json")
-    if not there:
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
         raise FileNotFoundError(f"there are no weights in {folder}; expected one of "
                                 f"{', '.join(names)}")
-    weights = read_weights(there[0])
-    return {k: w for k, w in weights.items() if not k.endswith("position_ids")}, settings, there[0]
+    weights = read_weights(path)
+    return {k: w for k, w in weights.items() if not k.endswith("position_ids")}, settings, path
 
 
 def expect(settings, path, **wanted):
@@ -789,11 +770,6 @@ def sizes(settings, path, *names):
     return [settings[name] for name in names]
 
 
-@functools.cache
-def row_pattern(ours):
-    return re.compile(re.escape(ours).replace("N", r"(\d+)").replace(r"\*", "(weight|bias)"))
-
-
 def their_names(table, ours):
     """The row of a key table for our name -> the names in their file, and a change to be made.
 
@@ -801,7 +777,8 @@ def their_names(table, ours):
     more than the name differs, theirs is a pair (name, change).   No row: no names.
     """
     for row, theirs in table.items():
-        if match := row_pattern(row).fullmatch(ours):
+        pattern = re.escape(row).replace("N", r"(\d+)").replace(r"\*", "(weight|bias)")
+        if match := re.fullmatch(pattern, ours):
             name, change = theirs if isinstance(theirs, tuple) else (theirs, lambda w: w)
             for part in match.groups():
                 name = re.sub(r"N|\*", part, name, count=1)
@@ -892,44 +869,47 @@ def clip_config(weights, table, settings, path):
 
     settings {}: there is no config.json.   ValueError where it contradicts shapes or code.
     """
-    def find(ours):                                                # "text.pos" -> tensor
+    there = path.parent / "config.json"
+
+    def shape(ours, dimensions):                                   # "text.pos", 2 -> [77, 768]
         (name,), change = their_names(table, ours)
         if name not in weights:
             raise ValueError(f"{path} lacks {name}; is it a CLIP with a Vision Transformer?")
-        return change(weights[name])
+        if weights[name].ndim != dimensions or not weights[name].numel():
+            raise ValueError(f"{name} in {path} is {[*weights[name].shape]}; expected "
+                             f"{dimensions} dimensions")
+        return change(weights[name]).shape
 
     def layers(half):
         names = (their_names(table, f"{half}.blocks.{n}.ln1.bias")[0][0] for n in itertools.count())
         return sum(1 for _ in itertools.takewhile(weights.__contains__, names))
 
-    def heads(says, default, width):                               # transformers' default
-        told = {"num_attention_heads": default} | says
-        H, = sizes(told, path, "num_attention_heads") if says else [max(1, width // 64)]
-        if width % H:
-            raise ValueError(f"{path} says {H} heads, which do not divide the width {width}")
-        return H
+    def what_both_have(half, key, heads):                          # heads: transformers' default
+        says = settings.get(key, settings)
+        if not isinstance(says, dict):
+            raise ValueError(f"{there} says {key} = {says!r}; expected {{...}}")
+        width, D = shape(f"{half}.proj", 2)
+        heads, = sizes({"num_attention_heads": heads if says else max(1, width // 64)} | says,
+                       there, "num_attention_heads")
+        if width % heads:
+            raise ValueError(f"{there} says {heads} heads, which do not divide the width {width}")
+        expect(says, there, hidden_size=width, num_hidden_layers=layers(half),
+               hidden_act="quick_gelu", layer_norm_eps=1e-5)
+        return says, width, heads, D
 
     c = CLIPConfig(image_layers=layers("image"), text_layers=layers("text"))
     if c.image_layers:
-        says = settings.get("vision_config", settings)
-        c.image_width, c.embed_dim = (find("image.proj").shape[i] for i in (0, 1))
-        c.patch = find("image.patch.weight").shape[3]
-        c.image_size = c.patch * math.isqrt(len(find("image.pos")) - 1)
-        c.image_heads = heads(says, 12, c.image_width)
-        expect(says, path, hidden_size=c.image_width, num_hidden_layers=c.image_layers,
-               image_size=c.image_size, patch_size=c.patch, hidden_act="quick_gelu",
-               layer_norm_eps=1e-5)
+        says, c.image_width, c.image_heads, c.embed_dim = what_both_have("image", "vision_config",
+                                                                         12)
+        c.patch = shape("image.patch.weight", 4)[3]
+        c.image_size = c.patch * math.isqrt(shape("image.pos", 2)[0] - 1)
+        expect(says, there, image_size=c.image_size, patch_size=c.patch)
     if c.text_layers or not c.image_layers:
-        says = settings.get("text_config", settings)
-        c.text_width, c.embed_dim = (find("text.proj").shape[i] for i in (0, 1))
-        c.vocab_size, c.context = len(find("text.tok.weight")), len(find("text.pos"))
-        c.text_heads = heads(says, 8, c.text_width)
-        expect(says, path, hidden_size=c.text_width, num_hidden_layers=c.text_layers,
-               vocab_size=c.vocab_size, max_position_embeddings=c.context,
-               hidden_act="quick_gelu", layer_norm_eps=1e-5)
-        if says.get("eos_token_id", 2) not in (2, c.vocab_size - 1):           # 2: a known slip
-            raise ValueError(f"{path} says eos_token_id = {says['eos_token_id']}; only the last "
-                             f"id, {c.vocab_size - 1}, fits here")
+        says, c.text_width, c.text_heads, c.embed_dim = what_both_have("text", "text_config", 8)
+        c.vocab_size, c.context = shape("text.tok.weight", 2)[0], shape("text.pos", 2)[0]
+        expect(says, there, vocab_size=c.vocab_size, max_position_embeddings=c.context)
+        if says.get("eos_token_id") != 2:                          # a known slip
+            expect(says, there, eos_token_id=c.vocab_size - 1)
     return c
 
 
@@ -941,8 +921,7 @@ def load_clip(path, device="cpu", dtype=torch.float32):
     """
     path, table, settings = Path(path), OPENAI, {}
     if path.is_dir():
-        table = HUGGING_FACE
-        weights, settings, path = read_folder(path)
+        table, (weights, settings, path) = HUGGING_FACE, read_folder(path)
     else:
         weights = read_weights(path)
         for number in ("input_resolution", "context_length", "vocab_size"):    # not weights
@@ -950,12 +929,7 @@ def load_clip(path, device="cpu", dtype=torch.float32):
     if any(name.startswith("visual.layer1.") for name in weights):
         raise ValueError(f"{path} is a ResNet CLIP, which is not built here; take one whose name "
                          "begins with ViT, such as ViT-L-14.pt")
-    try:
-        config = clip_config(weights, table, settings, path.parent / "config.json"
-                             if settings else path)
-    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} holds no CLIP, or its config.json is another's: "
-                         f"{first_line(error)}") from None
+    config = clip_config(weights, table, settings, path)
     with torch.device("meta"):
         model = CLIP(config)
     if not config.image_layers or not config.text_layers:          # half a model, without a scale:

@@ -379,11 +379,12 @@ class Decoder(nn.Module):
         """z_i (B, D) and the noise x_T (B, 3, size, size) -> pictures in [-1, 1].   Sec. 3.1
 
         DDIM. With guidance 1, eta = 0 and the steps of `invert` the inverted picture comes back;
-        a larger eta forgets more of x_T.
+        a larger eta forgets more of x_T. Guidance drives pixels out of [-1, 1], further at every
+        step, so with it x0 is clamped as in `sample`.
         """
         x = diffusion.sample(self.denoiser(z_i, text, guidance, null), self.alphabar, x_T,
-                             self.ddim_times(steps), eta=eta, generator=generator,
-                             progress=progress)
+                             self.ddim_times(steps), clamp=None if guidance == 1 else 1.0, eta=eta,
+                             generator=generator, progress=progress)
         return x.clamp(-1, 1)
 
 

@@ -23,12 +23,15 @@ import json
 import math
 import sys
 import time
+import weakref
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import clip
@@ -239,7 +242,9 @@ class UnCLIP:
         guidance = s.prior_guidance if guidance is None else guidance
         if self.parts.get(f"{which}_prior") is None:
             have = [p for p in ("diffusion", "ar") if self.parts.get(f"{p}_prior") is not None]
-            raise ValueError(f"expected one of the priors {have}, got {which!r}")
+            raise ValueError(f"expected one of the priors {have}, got {which!r}" if have else
+                             "these weights hold no prior, so they draw from pictures alone "
+                             "(variations, interpolate, edit)")
         null = self.null(text)
         with self.at_work(f"{which}_prior") as model:
             if which == "ar":
@@ -280,6 +285,8 @@ class UnCLIP:
         generator         the source of all randomness: equal seeds, equal pictures, on any device
         """
         N = rerank or self.config.sampling.rerank
+        if N > 1:
+            self.expect_image_encoder()                          # before minutes of drawing
         text = self.encode_text([caption for caption in captions for _ in range(N)])
         bar = (lambda name: name) if progress else (lambda name: None)
         z_i = self.embed(text, which=prior, guidance=prior_guidance, steps=prior_steps,
@@ -302,13 +309,15 @@ class UnCLIP:
         rows = best + torch.arange(len(best), device=best.device)[:, None] * z_i.shape[1]
         return pictures[rows.flatten()]
 
+    def expect_image_encoder(self):
+        if self.parts["clip"].image is None:
+            raise ValueError("these weights have no CLIP image encoder; give one with --clip")
+
     @torch.no_grad()
     def encode_image(self, pictures):
         """Pictures (B, 3, H, W) in [-1, 1] of any size -> z_i (B, D)."""
-        model = self.parts["clip"]
-        if model.image is None:
-            raise ValueError("these weights have no CLIP image encoder; give one with --clip")
-        size = model.config.image_size
+        self.expect_image_encoder()
+        size = self.config.clip.image_size
         x = F.interpolate(pictures.to(self.device), (size, size), mode="bicubic", antialias=True)
         with self.at_work("clip") as model:
             return model.encode_image(x.clamp(-1, 1))
@@ -564,6 +573,11 @@ def load_karlo(folder, device="cpu", dtype=torch.float32, clip_path=None):
     return UnCLIP(config, parts, tokenizer)
 
 
+def same_space(a, b):
+    """Are two projections the same but for rounding, so that what they make can be compared?"""
+    return a.shape == b.shape and bool((a - b).norm() < 0.02 * b.norm())
+
+
 def add_image_encoder(model, path, device, dtype):
     """Give a CLIP without image encoder that of the CLIP at `path`."""
     other = clip.load_clip(path, device, dtype)
@@ -571,6 +585,9 @@ def add_image_encoder(model, path, device, dtype):
     if other.image is None or c.embed_dim != model.config.embed_dim:
         raise ValueError(f"{path} has no image encoder that fits: expected a CLIP with embeddings "
                          f"of {model.config.embed_dim} numbers")
+    if other.text is not None and not same_space(other.text.proj, model.text.proj):
+        raise ValueError(f"{path} is another CLIP than the folder's text_encoder, so its pictures "
+                         "lie elsewhere; Karlo's is ViT-L-14.pt")
     model.image, model.logit_scale = other.image, other.logit_scale
     model.config = replace(model.config, image_size=c.image_size, patch=c.patch,
                            image_width=c.image_width, image_layers=c.image_layers,
@@ -710,8 +727,15 @@ def free_memory(device):
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def reset_peak_memory(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():         # Linux
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device):
-    """Bytes at the highest: on CUDA since the last reset, on the CPU of the process so far."""
+    """Bytes at the highest since the last reset: on CUDA of tensors, on the CPU of the process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource                                      # not on Windows
@@ -729,14 +753,14 @@ def benchmark_stage(name, kind, config, args, device, dtype):
         return row | {"note": f"does not fit: the weights alone take {need / 1e9:.1f} GB, "
                               f"{free_memory(device) / 1e9:.1f} GB are free"}
     with torch.device(device):
-        part = kind(config)
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        part = kind(config).train(args.train)
+    part = part if args.train else part.to(dtype)
+    reset_peak_memory(device)
     if args.train:
-        step, steps = training_work(name, part.train(), args.batch, device, dtype), 1
+        step, steps = training_work(name, part, args.batch, device, dtype), 1
     else:
-        step, steps = sampling_work(name, part.eval().to(dtype), PRESETS[args.preset].sampling,
-                                    args.batch, device, dtype)
+        step, steps = sampling_work(name, part, PRESETS[args.preset].sampling, args.batch, device,
+                                    dtype)
     if args.compile:
         for module in part.modules():
             if isinstance(module, (clip.Block, decoder.UNet)):
@@ -780,6 +804,70 @@ def run_benchmark(args):
             "preset": args.preset, "batch": args.batch, "device": str(device), "dtype": args.dtype,
             "torch": torch.__version__, "train": args.train, "compile": args.compile,
             "ceiling FLOP/s": ceiling, "stages": rows, "total seconds": total}, indent=1) + "\n")
+
+
+class Living(TorchDispatchMode):
+    """`with Living(part) as living:` - living.peak is the most bytes that tensors took at once.
+
+    For the "meta" device, where a tensor has a shape and no numbers: nothing is computed, so the
+    largest networks can be asked. Counts the part's weights, and what every operation makes until
+    it is dropped. Not counted: what kernels take for themselves, and what an allocator keeps.
+    """
+
+    def __init__(self, part):
+        super().__init__()
+        self.known, self.bytes, self.peak = weakref.WeakSet(), 0, 0
+        self.count([*part.parameters(), *part.buffers()])
+
+    def count(self, tensors):
+        for x in tensors:
+            if torch.is_tensor(x) and x.is_meta and x.untyped_storage() not in self.known:
+                self.known.add(x.untyped_storage())              # views share one
+                self.add(x.untyped_storage().nbytes())
+                weakref.finalize(x.untyped_storage(), self.add, -x.untyped_storage().nbytes())
+
+    def add(self, size):
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        self.count(tree_leaves(out))
+        return out
+
+
+@torch.no_grad()
+def memory_needed(preset, dtype, batch=1):
+    """What sampling takes, in bytes: {part: (weights, weights and the rest at the peak)}."""
+    needed = {}
+    for name, kind in PARTS.items():
+        config = getattr(PRESETS[preset], name)
+        if config is None or name == "ar_prior":                 # one prior is enough
+            continue
+        with torch.device("meta"):
+            part = kind(config).eval().to(dtype)
+        with Living(part) as living:
+            weights = living.bytes
+            step, _ = sampling_work(name, part, PRESETS[preset].sampling, batch, "meta", dtype)
+            step()
+        needed[name] = weights, living.peak
+    return needed
+
+
+def memory_table(preset, batch=1):
+    """memory_needed as Markdown, in GB, a column for each dtype."""
+    columns = [memory_needed(preset, dtype, batch) for dtype in DTYPES.values()]
+    rows = {f"{name}: weights, at its peak": [f"{needed[name][0] / 1e9:.2f}, "
+                                              f"{needed[name][1] / 1e9:.2f}" for needed in columns]
+            for name in columns[0]}
+    rows["**all parts on the device**"] = [
+        f"**{(sum(w for w, _ in n.values()) + max(p - w for w, p in n.values())) / 1e9:.1f}**"
+        for n in columns]
+    rows["**one at a time, `--low-memory`**"] = [f"**{max(p for _, p in n.values()) / 1e9:.1f}**"
+                                                 for n in columns]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [
+        [f"GB, {preset}, batch {batch}", *DTYPES], ["---"] * (1 + len(DTYPES)),
+        *([name, *cells] for name, cells in rows.items())])
 
 
 # ---------------------------------------------------------------- command line
@@ -881,6 +969,10 @@ def stop_on_error(run, args):
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error: {clip.first_line(error)} Try --low-memory, --dtype bf16, fewer pictures.",
+              file=sys.stderr)
+        sys.exit(2)
 
 
 def positive(text):
@@ -906,9 +998,10 @@ def main(argv=None):
                         help="parts come to the device one at a time")
     common.add_argument("--seed", type=int, default=0, help="equal seeds, equal pictures")
     common.add_argument("--guidance", type=float,
-                        help="of the decoder; 1 is none (default: the weights')")
+                        help="of the decoder; 1 is none (default: the weights'; "
+                        "from pictures: 1)")
     common.add_argument("--decoder-steps", type=positive, metavar="N",
-                        help="(default: the weights')")
+                        help="(default: the weights'; from pictures: 250)")
     common.add_argument("--upsampler-steps", type=positive, metavar="N", nargs="+",
                         help="one number for each upsampler (default: the weights')")
 
@@ -951,8 +1044,9 @@ def main(argv=None):
     sub.add_argument("--source", required=True, metavar="CAPTION", help="what the picture shows")
     sub.add_argument("--target", required=True, metavar="CAPTION", help="what it shall show")
     sub.add_argument("-n", type=positive, default=8, help="pictures on the way there")
-    sub.add_argument("--strength", type=float, default=0.4, metavar="RADIANS",
-                     help="how far to turn the embedding, at most")
+    sub.add_argument("--strength", type=float, default=0.4, metavar="SHARE",
+                     help="how far to turn the embedding towards the change, at most; 1 is all the "
+                     "way")
     sub.add_argument("-o", "--out", default="edit.png", help="where to write the picture")
     sub.set_defaults(run=run_edit)
 
@@ -969,6 +1063,12 @@ def main(argv=None):
                      help="for each stage: measure a few steps and scale")
     sub.add_argument("--json", metavar="PATH", help="write the table there too")
     sub.set_defaults(run=run_benchmark)
+
+    sub = commands.add_parser("memory", help="what does each part take to sample? Counts, runs "
+                              "nothing", formatter_class=formatter, allow_abbrev=False)
+    sub.add_argument("--preset", choices=PRESETS, default="karlo")
+    sub.add_argument("--batch", type=positive, default=1, metavar="N")
+    sub.set_defaults(run=lambda args: print(memory_table(args.preset, args.batch)))
 
     args = parser.parse_args(argv)
     stop_on_error(args.run, args)

@@ -5,17 +5,25 @@ the pipeline made of it. The true weights are not here; their names and shapes a
 """
 import json
 import math
+import os
 import pickle
+import re
 import shutil
 import struct
+import subprocess
+import sys
 import warnings
+from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import clip
 import decoder
+import diffusion
 import golden_weights
 import prior
 import unclip
@@ -86,6 +94,54 @@ def test_a_mapped_file_is_not_copied_and_not_changed(tmp_path):
     assert got["a"].sum() == 2000 and path.read_bytes() == before
 
 
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux's /proc")
+LOADING = """
+import sys, torch, clip
+def memory():
+    lines = dict(line.split(":") for line in open("/proc/self/status"))
+    return [int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon", "VmHWM")]
+with torch.device("meta"):
+    module = torch.nn.ParameterDict({f"w{n}": torch.empty(2 ** 21) for n in range(10)})
+torch.ones(2 ** 21).to(torch.bfloat16).sum()                     # warms up
+open("/proc/self/clear_refs", "w").write("5")                    # the highest begins anew
+before = memory()
+clip.settle(module, clip.read_safetensors(sys.argv[1]), "cpu", torch.bfloat16)
+assert sum(w.sum() for w in module.values()) == 0                # every page is touched
+after = memory()
+print(after[1] - before[1], after[2] - before[0])
+"""
+
+
+@linux
+def test_loading_takes_the_memory_of_what_is_converted_and_no_more(tmp_path):
+    """Ten float32 weights of 8 MB, mapped, become bf16 one by one: half the file's size, not 1.5.
+
+    In a process of its own, whose allocator gives back what is freed.
+    """
+    size, path = 80 * 2 ** 20, tmp_path / "x.safetensors"
+    head = json.dumps({f"w{n}": {"dtype": "F32", "shape": [2 ** 21], "data_offsets":
+                                 [n * 2 ** 23, (n + 1) * 2 ** 23]} for n in range(10)}).encode()
+    head += b" " * (-len(head) % 8)
+    path.write_bytes(struct.pack("<Q", len(head)) + head + bytes(size))
+    out = subprocess.run([sys.executable, "-c", LOADING, path], capture_output=True, text=True,
+                         check=True, cwd=Path(clip.__file__).parent,
+                         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}).stdout
+    of_its_own, highest = map(int, out.split())
+    assert abs(of_its_own - size / 2) < 0.1 * size
+    assert highest < 1.5 * size + 3 * 2 ** 23, "the file's pages, bf16, and a weight or two"
+
+
+@linux
+def test_a_karlo_folders_weights_stay_in_the_file_unless_they_are_joined():
+    model = prior.load_karlo(KARLO)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    places = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines
+              if line.endswith("prior/diffusion_pytorch_model.safetensors")]
+    copied = {name for name, w in model.named_parameters()
+              if not any(a <= w.data_ptr() < b for a, b in places)}
+    assert copied == {f"blocks.{n}.qkv.{kind}" for n in (0, 1) for kind in ("weight", "bias")}
+
+
 def header(**changes):
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
     text = json.dumps({"a": entry}).encode()
@@ -95,21 +151,30 @@ def header(**changes):
 GOOD = header()
 
 
-@pytest.mark.parametrize("data", [
-    b"", GOOD[:5], GOOD[:30], GOOD[:-1], GOOD + b"x", b"\xff" * 8 + GOOD[8:],
-    struct.pack("<Q", 200_000_000) + GOOD[8:], struct.pack("<Q", 2) + b"[]",
-    struct.pack("<Q", 4) + b"{{{{", struct.pack("<Q", 9) + b'{"a": 1} ', header(dtype="F99"),
-    header(dtype="F64"), header(shape=[3]), header(shape=[-2]), header(shape="2"),
-    header(shape=None), header(data_offsets=[8, 16]), header(data_offsets=[-8, 0]),
-    header(data_offsets=[0, 80]),
-    header(data_offsets=[0]), header(data_offsets=[0, 80], shape=[20]),
-    header(data_offsets=[0, 8.0]), struct.pack("<Q", 3) + b'"\xff"'])
-def test_a_damaged_safetensors_file_is_refused_in_one_sentence(tmp_path, data):
+@pytest.mark.parametrize("data, says", [
+    (b"", "header should have 0 bytes, the file has 0"),
+    (GOOD[:5], "header should have .* the file has 5"),
+    (GOOD[:30], "header should have .* the file has 30"),
+    (b"\xff" * 8 + GOOD[8:], "header should have 18446744073709551615 bytes"),
+    (struct.pack("<Q", 200_000_000) + GOOD[8:], "header should have 200000000 bytes"),
+    (GOOD[:-1], "a ends at byte 8 of 7; is it cut short"),
+    (GOOD + b"x", "goes on for 1 bytes after its last tensor"),
+    (header(dtype="F99"), "a is F99, none of F64, F32"),
+    (header(dtype="F64"), r"a should be F64 \[2\] at byte 0, not at 0..8"),
+    (header(shape=[3]), r"a should be F32 \[3\]"), (header(shape=[-2]), r"a should be F32 \[-2\]"),
+    (header(data_offsets=[8, 16]) + bytes(8), "at byte 0, not at 8..16"),
+    (header(data_offsets=[-8, 0]), "not at -8..0"), (header(data_offsets=[0, 80]), "not at 0..80"),
+    (header(data_offsets=[0, 80], shape=[20]), "a ends at byte 80 of 8"),
+    (header(shape="2"), ""), (header(shape=None), ""), (header(data_offsets=[0]), ""),
+    (header(data_offsets=[0, 8.0]), ""), (struct.pack("<Q", 2) + b"[]", ""),
+    (struct.pack("<Q", 4) + b"{{{{", ""), (struct.pack("<Q", 9) + b'{"a": 1} ', ""),
+    (struct.pack("<Q", 3) + b'"\xff"', "")])
+def test_a_damaged_safetensors_file_is_refused_in_one_sentence(tmp_path, data, says):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="bad.safetensors is .*safetensors file") as refusal:
+    with pytest.raises(ValueError, match=f"bad.safetensors is .*safetensors file: .*{says}") as no:
         clip.read_weights(path)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(no.value)
 
 
 # ---------------------------------------------------------------- pickles and archives
@@ -177,6 +242,15 @@ class Restless(Node):
         print("I was run")
 
 
+class Listing(Node):
+    """A TorchScript module with lists among its attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.arange(6.0).view(2, 3).t())
+        self.sizes, self.shares, self.flags = [1, 2], [0.5], [True]
+
+
 def archive(module, path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # TorchScript is old
@@ -211,6 +285,12 @@ def test_an_archives_code_is_not_run(tmp_path, capfd):
     with pytest.raises(ValueError, match="bad.pt is refused"):
         clip.read_weights(tmp_path / "bad.pt")
     assert "I was run" not in capfd.readouterr().out
+
+
+def test_an_archives_lists_are_no_weights_and_no_danger(tmp_path):
+    archive(Listing(), tmp_path / "x.pt")
+    (name, w), = clip.read_weights(tmp_path / "x.pt").items()
+    assert name == "w" and torch.equal(w, torch.arange(6.0).view(2, 3).t())
 
 
 # ---------------------------------------------------------------- CLIP
@@ -252,6 +332,21 @@ def test_openais_archive_is_read_as_its_state_dict_is(openai, tmp_path):
                                 ("image_features", "text_features")):
         assert error(got, openai["outputs"][name]) < 5e-3, "half precision costs no more"
         assert error(plain, openai["outputs"][name]) < 2e-5
+
+
+@pytest.mark.parametrize("name, sizes, parameters", [
+    ("ViT-B-32", (512, 224, 32, 768, 12, 12, 49408, 77, 512, 12, 8), 151_277_313),
+    ("ViT-B-16", (512, 224, 16, 768, 12, 12, 49408, 77, 512, 12, 8), 149_620_737),
+    ("ViT-L-14", (768, 224, 14, 1024, 24, 16, 49408, 77, 768, 12, 12), 427_616_513),
+    ("ViT-L-14-336px", (768, 336, 14, 1024, 24, 16, 49408, 77, 768, 12, 12), 427_944_193)])
+def test_the_sizes_of_openais_models_are_told_by_their_weights(name, sizes, parameters):
+    config = clip.CLIPConfig(*sizes)
+    with torch.device("meta"):
+        model = clip.CLIP(config)
+    weights = {clip.their_names(clip.OPENAI, ours)[0][0]: w for ours, w in
+               model.state_dict().items()}
+    assert sum(w.numel() for w in weights.values()) == parameters
+    assert clip.clip_config(weights, clip.OPENAI, {}, Path(name + ".pt")) == config
 
 
 def test_halves_of_a_hugging_face_clip_are_read_alone(transformers, tmp_path):
@@ -366,9 +461,10 @@ def test_the_command_line_prints_a_probability_for_each_caption(photo, weights, 
 
 
 @pytest.mark.parametrize("wrong, says", [
-    ({"picture": "nowhere.jpg"}, "no picture nowhere.jpg"),
-    ({"--weights": "no.pt"}, "no file no.pt"),
-    ({"--vocab": "no.gz"}, "no merges file no.gz"), ({"--vocab": None}, "expected --vocab"),
+    ({"picture": "nowhere.jpg"}, "there is no nowhere.jpg; expected a picture"),
+    ({"--weights": "no.pt"}, "there is no no.pt; expected a file of weights"),
+    ({"--vocab": "no.gz"}, "there is no no.gz; expected a merges file"),
+    ({"--vocab": None}, "expected --vocab"),
     ({"caption": "word " * 40}, "at most 16 tokens"), ({"--device": "abacus"}, "abacus")])
 def test_bad_input_ends_in_one_sentence_and_status_2(photo, weights, capsys, wrong, says):
     given = {"picture": photo, "caption": "a", "--weights": weights,
@@ -490,19 +586,206 @@ def test_an_image_encoder_beside_the_rest_or_elsewhere_joins_the_clip(folder, tm
         unclip.load(folder)
 
 
-def test_the_image_variations_folder_has_no_prior(folder):
+def make_variations_folder(folder):
+    """What the image-variations folder is: an image encoder beside the rest, and no prior."""
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = "UnCLIPImageVariationPipeline"
     (folder / "model_index.json").write_text(json.dumps(index))
     shutil.rmtree(folder / "prior")
     shutil.rmtree(folder / "prior_scheduler")
     image_encoder(folder)
+
+
+def test_the_image_variations_folder_has_no_prior(folder):
+    make_variations_folder(folder)
     model = unclip.load(folder)
     assert model.parts["diffusion_prior"] is None and model.config.diffusion_prior is None
-    with pytest.raises(ValueError, match="expected one of the priors"):
+    with pytest.raises(ValueError, match="hold no prior"):
         model.sample(["a"])
     z_i = model.parts["clip"].encode_image(torch.zeros(1, 3, 24, 24))
     assert model.draw(z_i, model._text([""]), decoder_steps=2).shape == (1, 3, 32, 32)
+
+
+# ---------------------------------------------------------------- Karlo from the command line
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Notes what is sampled: (rows, steps) of each stage, and how often each guidance was used."""
+    seen, sample, guide = {"stages": [], "guidance": Counter()}, diffusion.sample, diffusion.guide
+
+    def noted_sample(denoise, alphabar, x, times, **options):
+        seen["stages"].append((len(x), len(times)))
+        return sample(denoise, alphabar, x, times, **options)
+
+    def noted_guide(uncond, cond, scale):
+        seen["guidance"][scale] += 1
+        return guide(uncond, cond, scale)
+    monkeypatch.setattr(diffusion, "sample", noted_sample)
+    monkeypatch.setattr(diffusion, "guide", noted_guide)
+    return seen
+
+
+def pixels(path):
+    return torch.from_numpy(np.array(clip.read_picture(path))).float()
+
+
+def test_a_caption_is_sampled_as_karlo_was_published(karlo, used, tmp_path):
+    """25 steps of the prior with guidance 4, 25 of the decoder with 8, 7 of the upsampler."""
+    path = tmp_path / "fox.png"
+    unclip.main(["sample", "a red circle", "--weights", str(KARLO), "-o", str(path)])
+    assert used == {"stages": [(1, 25), (1, 25), (1, 7)], "guidance": {4.0: 25, 8.0: 25}}
+    x = karlo.sample(["a red circle"], generator=torch.Generator().manual_seed(0), progress=False)
+    unclip.save_grid(x, tmp_path / "same.png", 1)
+    assert torch.equal(pixels(path), pixels(tmp_path / "same.png"))
+
+
+@pytest.mark.parametrize("more", [[], ["--low-memory"], ["--dtype", "bf16"]])
+def test_every_option_of_karlo_can_be_given(used, tmp_path, more):
+    unclip.main(["sample", "a red circle", "a", "--weights", str(KARLO), "--prior-steps", "3",
+                 "--prior-guidance", "2", "--candidates", "4", "--decoder-steps", "5", "--guidance",
+                 "1.5", "--upsampler-steps", "2", "-o", str(tmp_path / "x.png"), *more])
+    assert used == {"stages": [(8, 3), (2, 5), (2, 2)], "guidance": {2.0: 3, 1.5: 5}}
+
+
+def openai_clip(model, path):
+    """An OpenAI file with the text half of `model` and the golden CLIP's image half beside it."""
+    weights = {k: w for k, w in golden_weights.read("clip_openai.pt")["weights"].items()
+               if k.startswith("visual.")}
+    weights["visual.proj"] = weights["visual.proj"][:, :24].clone()
+    for ours, w in model.state_dict().items():
+        (name,), _ = clip.their_names(clip.OPENAI, ours)
+        weights[name] = w
+    openai_archive(weights, path)
+
+
+@pytest.fixture(params=["an image encoder in the folder", "OpenAI's CLIP"])
+def seeing(request, folder, karlo, tmp_path):
+    """A Karlo that sees pictures -> the options that say so, and its image encoder."""
+    if request.param == "OpenAI's CLIP":
+        openai_clip(karlo.parts["clip"], tmp_path / "ViT.pt")
+        return ["--weights", str(folder), "--clip", str(tmp_path / "ViT.pt")], \
+            clip.load_clip(tmp_path / "ViT.pt")
+    make_variations_folder(folder)
+    return ["--weights", str(folder)], clip.load_clip(folder / "image_encoder")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two pictures of other shapes, their middles unlike their ends, and how CLIP was shown such:
+    the short side resized, the middle cropped."""
+    across, down = torch.linspace(-1, 1, 96)[None], torch.linspace(-1, 1, 60)[:, None]
+    a = torch.stack([(3 * across).sin() * down, across.square() - down, (across * down).cos() - 1])
+    for name, x in (("a.png", a), ("b.png", -a.transpose(1, 2))):
+        unclip.to_pil(x).save(tmp_path / name)
+    return [str(tmp_path / name) for name in ("a.png", "b.png")]
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Notes what the decoder is conditioned on: a list of (z_i, clip.Text)."""
+    seen, condition = [], decoder.Decoder.condition
+
+    def noted(self, z_i, text):
+        seen.append((z_i, text))
+        return condition(self, z_i, text)
+    monkeypatch.setattr(decoder.Decoder, "condition", noted)
+    return seen
+
+
+def run_pictures(seeing, tmp_path, *words):
+    """Runs a command on three steps -> how the image encoder sees a photo."""
+    options, model = seeing
+    unclip.main([*words, *options, "--decoder-steps", "3", "-o", str(tmp_path / "strip.png")])
+    return lambda path: model.encode_image(clip.preprocess(path, model.config.image_size)[None])
+
+
+def test_variations_are_told_raw_features_and_the_empty_caption(seeing, photos, told, expected,
+                                                                karlo, tmp_path):
+    """Guidance compares with the learned null embedding, which says "" as well."""
+    see = run_pictures(seeing, tmp_path, "variations", photos[0], "-n", "2", "--guidance", "8")
+    (inverted, _), (z_i, text) = told
+    want = see(photos[0])
+    assert abs(want.norm() - 1) > 0.3, "else nothing tells raw features from unit ones"
+    assert error(inverted, want) < 0.02 and error(z_i[2:], want.expand(2, -1)) < 0.02
+    assert torch.equal(z_i[:2], karlo.parts["decoder"].null_image.expand(2, -1))
+    assert text.mask.sum(1).tolist() == [2] * 4
+    assert error(text.states, expected["text"]["uncond_hidden"].expand(4, -1, -1)) < 2e-5
+    assert error(text.z_t, expected["text"]["uncond_embeds"].expand(4, -1)) < 2e-5
+    assert clip.read_picture(tmp_path / "strip.png").size == (3 * 32 + 2 * 2, 32)
+
+
+def test_interpolations_turn_from_one_pictures_features_to_the_others(seeing, photos, told,
+                                                                      tmp_path):
+    see = run_pictures(seeing, tmp_path, "interpolate", *photos, "-n", "3")
+    a, b, middle = see(photos[0]), see(photos[1]), told[-1][0][1:2]
+    z_i = told[-1][0]
+    assert len(told) == 3 and z_i.shape == (3, 24)
+    assert error(z_i[:1], a) < 0.02 and error(z_i[2:], b) < 0.02
+    angle = torch.cosine_similarity(torch.cat([a, b, a]), torch.cat([b, middle, middle])).acos()
+    assert torch.allclose(angle[1:], angle[0] / 2, atol=0.1), "half way, by angle"
+    assert clip.read_picture(tmp_path / "strip.png").size == (5 * 32 + 4 * 2, 32)
+
+
+def test_edits_turn_towards_the_difference_of_the_captions_and_keep_the_length(seeing, photos, told,
+                                                                               karlo, tmp_path):
+    words = "a red circle", "a blue square"
+    see = run_pictures(seeing, tmp_path, "edit", photos[0], "--source", words[0], "--target",
+                       words[1], "-n", "2", "--strength", "0.5")
+    a, (same, turned) = see(photos[0])[0], told[-1][0]
+    source, target = clip.unit(karlo.encode_text(list(words)).z_t)
+    assert error(same, a) < 0.02
+    half = clip.unit(clip.unit(a) + clip.unit(target - source))      # 0.5 is half the arc
+    assert torch.cosine_similarity(turned, half, dim=0) > 0.999
+    assert abs(turned.norm() / a.norm() - 1) < 0.02
+    assert clip.read_picture(tmp_path / "strip.png").size == (3 * 32 + 2 * 2, 32)
+
+
+@pytest.mark.parametrize("words", [["variations", "a.png"], ["interpolate", "a.png", "b.png"],
+                                   ["edit", "a.png", "--source", "a", "--target", "a red circle"]])
+def test_low_memory_changes_nothing_and_half_precision_little(words, folder, photos, tmp_path,
+                                                              monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_variations_folder(folder)
+    for name, more in (("plain", []), ("low", ["--low-memory"]), ("half", ["--dtype", "fp16"])):
+        unclip.main([*words, "-n", "2", "--weights", str(folder), "--decoder-steps", "3", "-o",
+                     f"{name}.png", *more])
+    assert torch.equal(pixels("plain.png"), pixels("low.png"))
+    assert (pixels("plain.png") - pixels("half.png")).abs().mean() < 5
+
+
+@pytest.mark.parametrize("words, says", [
+    (["variations", "a.png"], "no CLIP image encoder; give one with --clip"),
+    (["sample", "a", "--rerank", "2"], "no CLIP image encoder; give one with --clip"),
+    (["edit", "a.png", "--source", "a", "--target", "a b", "--clip", "b.png"], "b.png is refused"),
+    (["variations", "a.png", "--clip", "other.pt"], "other.pt is another CLIP"),
+    (["variations", "a.png", "--clip", "small.pt"], "small.pt has no image encoder that fits"),
+    (["sample", "a", "--prior", "ar"], r"expected one of the priors \['diffusion'\], got 'ar'"),
+    (["sample", "a", "--weights", "variations"], "hold no prior, so they draw from pictures")])
+def test_what_a_karlo_cannot_do_it_says_in_one_sentence(words, says, folder, photos, tmp_path,
+                                                        monkeypatch, capsys):
+    """Another CLIP with equal sizes has another space: ViT-L-14-336px.pt beside Karlo's."""
+    monkeypatch.chdir(tmp_path)
+    make_variations_folder(shutil.copytree(folder, tmp_path / "variations"))
+    other = unclip.load(KARLO).parts["clip"]
+    other.text.proj += torch.randn(24, 24) / 5
+    openai_clip(other, "other.pt")
+    torch.save(golden_weights.read("clip_openai.pt")["weights"], "small.pt")
+    with pytest.raises(SystemExit) as end:
+        unclip.main([words[0], "--weights", str(folder), "-o", "x.png", *words[1:]])
+    complaint = capsys.readouterr().err
+    assert end.value.code == 2 and re.search(says, complaint) and complaint.count("\n") == 1
+
+
+def test_too_little_memory_ends_in_a_sentence_that_says_what_helps(monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore.")
+    monkeypatch.setattr(decoder.Decoder, "sample", full)
+    with pytest.raises(SystemExit) as end:
+        unclip.main(["sample", "a", "--weights", str(KARLO), "--prior-steps", "2"])
+    complaint = capsys.readouterr().err
+    assert end.value.code == 2 and "--low-memory, --dtype bf16" in complaint
+    assert "Traceback" not in complaint and "More." not in complaint
 
 
 # ---------------------------------------------------------------- full size
@@ -579,6 +862,14 @@ def test_a_bad_file_is_named_in_one_sentence(folder, file, how):
         unclip.load(folder)
     named = str(path.parent if how == "absent" and "diffusion" in file else path)
     assert named in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_folder_with_code_in_it_is_refused_and_the_code_not_run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    torch.save({"w": Trap()}, folder / "decoder/diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="decoder/diffusion_pytorch_model.bin is refused"):
+        unclip.load(folder)
+    assert not (folder / "trapped").exists(), "the file's code was run"
 
 
 @pytest.mark.parametrize("file, settings, says", [

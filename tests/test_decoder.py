@@ -111,13 +111,31 @@ def test_the_decoder_gives_the_numbers_of_karlos(karlo):
 
 
 def test_the_decoder_samples_what_karlos_samples(karlo, monkeypatch):
+    """To 1e-4, but for a few pixels: at t = T the original's own rounding (x0 = (x - eps) / 5e-5)
+    is worth that much, says the same run in float64."""
     model, text, golden = karlo
     cond, null = (clip.Text(*(x[half] for x in text)) for half in (slice(2), slice(2, 4)))
     golden_weights.play(monkeypatch, golden["noise"], rows=2)
     x = model.sample(golden["inputs"]["img_feat"], cond, steps=5, null=null,
                      guidance=golden["config"]["guidance"])
-    assert error(x, golden["outputs"]["sample"]) < 2e-3, \
+    off = (x - golden["outputs"]["sample"]).abs()
+    assert (off > 1e-4).float().mean() < 0.02 and off.max() < 2e-3, \
         "eps guided and not v, the learned null embedding, learned range, clamp?"
+
+
+def test_guided_ddim_keeps_x0_among_the_pixels_and_plain_ddim_leaves_it_alone(karlo, monkeypatch):
+    """A denoiser that sees x0 = 5, but at the last step a tenth of what it is given."""
+    model, text, golden = karlo
+    alphabar = model.alphabar
+
+    def denoise(x_t, t):
+        x0 = torch.full_like(x_t, 5.0) if t > 1 else x_t / 10
+        return diffusion.predict_eps(alphabar, x_t, torch.full((len(x_t),), t), x0).float()
+    monkeypatch.setattr(model, "denoiser", lambda *_: denoise)
+    z_i, x_T = golden["inputs"]["img_feat"], torch.zeros(2, 3, 8, 8)
+    for guidance, x0 in ((1.0, 5.0), (8.0, 1.0)):
+        x = model.decode(z_i, x_T, text, steps=5, guidance=guidance)
+        assert torch.allclose(x, torch.tensor(x0 / 10), atol=0.01), f"guidance {guidance}"
 
 
 @pytest.fixture
@@ -146,7 +164,7 @@ def test_the_upsampler_gives_the_numbers_of_karlos(karlo_sr, monkeypatch):
     x = torch.cat([inputs["x"], inputs["low_up"]], dim=1)
     assert error(model.last(x, inputs["timesteps"]), want["last"]) < 2e-5
     golden_weights.play(monkeypatch, golden["noise"], rows=2)
-    assert error(model.sample(inputs["low"], steps=7), want["sample"]) < 2e-3, \
+    assert error(model.sample(inputs["low"], steps=7), want["sample"]) < 1e-4, \
         "small variance, clamp, the second network at the last step only?"
 
 

@@ -413,6 +413,50 @@ def test_the_benchmark_says_what_would_not_fit(command, monkeypatch):
     assert "14.0 GB" in said, "the decoder: 3.5 billion numbers of 4 bytes"
 
 
+def test_what_lives_is_counted_once_until_it_is_dropped():
+    part = torch.nn.Linear(100, 50, device="meta")                   # 5050 numbers of 4 bytes
+    with torch.no_grad(), unclip.Living(part) as living:
+        assert living.bytes == 20_200
+        x = torch.empty(10, 100, device="meta")
+        y = part(x)
+        assert living.bytes == 20_200 + 4_000 + 2_000
+        del x
+        view = y.T[:3]
+        assert living.bytes == 20_200 + 2_000, "a view has no memory of its own"
+        y.mul_(2)
+        del y
+        assert living.bytes == 20_200 + 2_000, "the view still needs what it looks at"
+        del view
+        assert living.bytes == 20_200 and living.peak == 26_200
+
+
+def test_what_karlo_needs_is_told_for_every_setting(command, monkeypatch):
+    """The weights as published, and what works beside them: at least the U-Nets' skips."""
+    published = {"clip": 427_616_513, "diffusion_prior": 1_022_030_080, "decoder": 893_318_086,
+                 "upsampler1": 2 * 691_579_523}
+    skips = {"decoder": 2 * 64 ** 2, "upsampler1": 256 ** 2}         # both halves of guidance
+    per_pixel = sum(n * width / 4 ** level for n, width, level in    # numbers on the way down
+                    [(4, 320, 0), (1, 320, 1), (3, 640, 1), (1, 640, 2), (3, 960, 2), (1, 960, 3),
+                     (3, 1280, 3)])
+    needed = {name: unclip.memory_needed("karlo", dtype) for name, dtype in unclip.DTYPES.items()}
+    for name, parts in needed.items():
+        each = 4 if name == "fp32" else 2
+        assert {part: round(w / each / 1e4) for part, (w, _) in parts.items()} == {
+            part: round(n / 1e4) for part, n in published.items()}
+        for part, pixels in skips.items():
+            assert parts[part][1] - parts[part][0] > each * pixels * per_pixel
+    monkeypatch.setattr(unclip, "memory_needed", lambda preset, dtype, batch: next(
+        needed[name] for name, kind in unclip.DTYPES.items() if kind == dtype))
+    status, said, _ = command(unclip.main, "memory")
+    assert said in (ROOT / "README.md").read_text(encoding="utf-8"), "put this table there"
+    table = [[cell.strip("* ") for cell in line.split("|")[1:-1]] for line in said.splitlines()]
+    assert status == 0 and table[0] == ["GB, karlo, batch 1", "fp32", "bf16", "fp16"]
+    for column, parts in enumerate(needed.values(), start=1):
+        together = sum(w for w, _ in parts.values()) + max(p - w for w, p in parts.values())
+        assert table[-2][column] == f"{together / 1e9:.1f}"
+        assert table[-1][column] == f"{max(p for _, p in parts.values()) / 1e9:.1f}"
+
+
 def test_the_script_itself_ends_with_status_2_and_no_traceback():
     words = [sys.executable, str(ROOT / "unclip.py"), "sample", "a", "--weights", "no"]
     out = subprocess.run(words, capture_output=True, text=True)
