@@ -865,7 +865,9 @@ def markdown(table):
 # is measured on the decoder's small pictures, which the reader reads as exactly as large ones; a
 # number is (mean, standard deviation) over SEEDS runs with other scenes and other noise.
 
-SEEDS, PICTURES, STEPS = 3, 20, 50                # runs; pictures in each; DDIM steps, both ways
+# Steps: DDIM's, both ways; a caption is drawn in half as many.
+
+SEEDS, PICTURES, STEPS = 3, 20, 50                # runs; pictures in each; steps
 
 
 def over_seeds(measure):
@@ -888,7 +890,8 @@ def draw_small(model, scenes, way, generator, **options):
     """The scenes' captions drawn in one of WAYS -> (B, 3, h, h)."""
     text = model.encode_text([caption(s) for s in scenes])
     z_i = embeddings(model, text, render_many(scenes, 64), way, generator)
-    return model.draw(z_i, text, upsampler_steps=(), generator=generator, **options)
+    return model.draw(z_i, text, decoder_steps=STEPS // 2, upsampler_steps=(),
+                      generator=generator, **options)
 
 
 def small_again(model, z_i, x_T, generator=None, **options):
@@ -984,7 +987,7 @@ def find_variations(model, out):
               ["picture", "eta 0", "eta 0.5", "eta 0.5", "eta 1", "eta 1", "eta 1"],
               "Variations of a picture (paper, fig. 3): CLIP's embedding stays, the noise changes.")
     kept, spread = numbers["kept, eta 1.0"], numbers["spread, eta 1.0"]
-    return numbers, (f"at eta = 1 {percent(kept)} keep all that a caption says, and their spread is "
+    return numbers, (f"at eta = 1 {percent(kept)} keep all a caption says, and their spread is "
                      f"{number(spread)} of that of fresh pictures "
                      f"({number(numbers['spread, eta 0.25'])} at eta = 0.25)")
 
@@ -1038,17 +1041,17 @@ def find_text_diffs(model, out):
     """Fig. 5: words change what they name and leave the rest."""
     strengths, kinds = (0.25, 0.4, 0.5, 0.7), ("colour", "shape", "size")
 
-    def edited(scenes, targets, strength):
-        z_i, x_T = model.latent(render_many(scenes, 64), STEPS)
+    def edited(z_i, x_T, scenes, targets, strength):
         z_d = model.difference([caption(stated(s)) for s in scenes], [caption(s) for s in targets])
         return small_again(model, diffusion.slerp(z_i, z_d, strength), x_T)
 
     def measure(seed):
         row, scenes = {}, some_scenes(seed, PICTURES, two=False, part="train")
+        latent = model.latent(render_many(scenes, 64), STEPS)
         for kind, strength in itertools.product(kinds, strengths):
             rng = random.Random(seed)
             targets = [edit_of(s, kind, rng) for s in scenes]
-            seen = [attributes(read(x)) for x in edited(scenes, targets, strength)]
+            seen = [attributes(read(x)) for x in edited(*latent, scenes, targets, strength)]
             want = [attributes(s) for s in targets]
             row[f"{kind} reached, {strength}"] = share(a[kind] == b[kind]
                                                        for a, b in zip(seen, want))
@@ -1058,7 +1061,8 @@ def find_text_diffs(model, out):
 
     numbers, scenes = over_seeds(measure), some_scenes(2, 3, two=False, part="train")
     targets = [edit_of(s, kind, random.Random(0)) for s, kind in zip(scenes, kinds)]
-    columns = [edited(scenes, targets, strength) for strength in (0.0, *strengths)]
+    latent = model.latent(render_many(scenes, 64), STEPS)
+    columns = [edited(*latent, scenes, targets, strength) for strength in (0.0, *strengths)]
     draw_grid(out / "text_diffs.png", [[c[i] for c in columns] for i in range(3)],
               [f"{caption(s)} to {caption(t)}" for s, t in zip(scenes, targets)],
               ["0 (inverted)", *map(str, strengths)],
@@ -1319,7 +1323,7 @@ def figures(args):
     model, out = unclip.load(args.weights, unclip.pick_device(args.device)), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "findings.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if args.only and file.exists() else {}
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for name in args.only or FINDINGS:
         find, where = FINDINGS[name]
         start = time.monotonic()
@@ -1418,7 +1422,7 @@ def main(argv=None):
         option("-o", "--out", default="world.png", help="where to write the sheet")
     if command == "figures":
         option("--out", default="pictures", metavar="FOLDER", help="where to write")
-        option("--only", nargs="+", choices=FINDINGS, help="draw these only, keep the others")
+        option("--only", nargs="+", choices=FINDINGS, help="draw these only")
     if command == "evaluate":
         option("--captions", type=unclip.positive, default=500, metavar="N",
                help="2/5 of one thing, 3/5 of two; and as many of held-out pairs as of one")

@@ -926,6 +926,11 @@ def run_edit(args):
 
 
 def open_weights(args):
+    """What every command that draws begins with."""
+    out = Path(args.out)
+    if not out.parent.is_dir() or out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{out} cannot be written: expected a folder that exists and a name that "
+                         "ends in .png or .jpg")                 # said before minutes of drawing
     return load(args.weights, pick_device(args.device), DTYPES[args.dtype], args.clip,
                 args.low_memory)
 

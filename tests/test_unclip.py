@@ -361,7 +361,7 @@ BAD = {
     "no such device": (["--weights", "good.pt", "--device", "cuda:99"], "no device 'cuda:99'"),
     "a nonsense device": (["--weights", "good.pt", "--device", "toaster"], "no device 'toaster'"),
     "a folder that is not there": (["--weights", "good.pt", "-o", "no/where.png"], "no/where.png"),
-    "not a picture's name": (["--weights", "good.pt", "-o", "out.xyz"], "could not write out.xyz"),
+    "not a picture's name": (["--weights", "good.pt", "-o", "out.xyz"], "out.xyz cannot be written"),
     "too many steps": (["--weights", "good.pt", "--decoder-steps", "2000"], "got 2000"),
     "not a number": (["--weights", "good.pt", "-n", "zero"], "whole number"),
 }
