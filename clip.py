@@ -1024,4 +1024,7 @@ def demo():
 
 
 if __name__ == "__main__":
-    sys.exit(main() if len(sys.argv) > 1 else demo())
+    if len(sys.argv) > 1:
+        sys.exit(main())
+    import unclip
+    unclip.stop_on_error(demo)

@@ -817,4 +817,5 @@ def demo(path="stages.png"):
 
 
 if __name__ == "__main__":
-    demo()
+    import unclip
+    unclip.stop_on_error(demo)

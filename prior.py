@@ -445,4 +445,5 @@ def demo(steps=64):
 
 
 if __name__ == "__main__":
-    demo()
+    import unclip
+    unclip.stop_on_error(demo)

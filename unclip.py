@@ -874,10 +874,10 @@ def show(pictures, args, start, columns=None):
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def stop_on_error(run, args):
+def stop_on_error(run, *args):
     """Run a command; what the user can mend ends it with one sentence and exit status 2."""
     try:
-        run(args)
+        run(*args)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -2,6 +2,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,19 @@ def test_every_picture_is_there():
         assert (ROOT / path).is_file(), path
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip", "prior", "decoder"])
+def test_a_demo_without_its_weights_ends_with_a_sentence(name, tmp_path):
+    """The chapters alone in a folder: no traceback, and status 2."""
+    for chapter in CHAPTERS:
+        (tmp_path / f"{chapter}.py").write_bytes((ROOT / f"{chapter}.py").read_bytes())
+    out = subprocess.run([sys.executable, f"{name}.py"], cwd=tmp_path, capture_output=True,
+                         text=True)
+    assert out.returncode == 2 and "Traceback" not in out.stderr
+    assert out.stderr.startswith("error: there is no file") and "toy.pt" in out.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["diffusion", "clip", "prior", "decoder"])
 def test_every_chapter_shows_something(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -70,7 +85,7 @@ def test_every_chapter_shows_something(name, tmp_path, monkeypatch, capsys):
 def test_every_command_is_one_that_exists(monkeypatch, capsys):
     """Each `python FILE WORDS` of the README is understood; it stops where it would begin to work."""
     begun = []
-    monkeypatch.setattr(unclip, "stop_on_error", lambda run, args: begun.append(run))
+    monkeypatch.setattr(unclip, "stop_on_error", lambda run, *args: begun.append(run))
     lines = re.findall(r"^(?:.*&& )?python (\S+\.py)([^\n#]*)", README, re.M)
     assert len(lines) >= 7
     for file, words in lines:

@@ -22,6 +22,8 @@ import unclip
 ROOT = Path(unclip.__file__).parent
 WEIGHTS = ROOT / "weights/toy.pt"
 
+pytestmark = pytest.mark.slow                     # trains, or draws with the committed weights
+
 
 @pytest.fixture(scope="module")
 def world():
