@@ -607,3 +607,69 @@ def towards_the_caption(self, source, target):
      "optimiser in the repository.")
 def no_optimiser(model, stage):
     return [], []
+
+
+# ---------------------------------------------------------------- what a bug does
+
+CAPTIONS = ("a large red circle", "a small blue square above a large orange triangle",
+            "a small black cross", "a large green cross left of a small purple circle")
+
+
+def picture(name):
+    """What to look at: samples; or, for what is not part of sampling, an edit or a way between two
+    pictures. -> (what it is, a function model -> pictures, titles)"""
+    import random
+    a, b = (train_toy.render(train_toy.place(train_toy.parse(text), random.Random(0)), 64)
+            for text in (CAPTIONS[0], CAPTIONS[2]))
+    seeded = torch.Generator().manual_seed
+    if name in ("diffusion.slerp", "diffusion.ddim_invert_step"):
+        return ("from one picture to another", lambda model: model.interpolate(
+            a, b, 5, steps=50, generator=seeded(0)), ["from", "", "", "", "to"])
+    if name == "unclip.UnCLIP.difference":
+        return ("red becomes blue", lambda model: model.text_diff(
+            a, CAPTIONS[0], "a large blue circle", 5, 0.5, steps=50, generator=seeded(0)),
+                ["before", "", "", "", "after"])
+    return ("samples", lambda model: model.sample(CAPTIONS, rerank=1, generator=seeded(0),
+                                                  progress=False),
+            [textwrap.fill(text, 18) for text in CAPTIONS])
+
+
+def show(name, path, weights=unclip.HERE / "weights/toy.pt"):
+    """Draw the toy model's pictures with our function above, with the bug below -> a sentence."""
+    what, draw, titles = picture(BUGS[name].replaces)
+    right = draw(unclip.load(weights))
+    with coursework.swapped({BUGS[name].replaces: BUGS[name].function}):
+        try:
+            wrong = draw(unclip.load(weights)).nan_to_num(-1.0)
+        except Exception as error:                           # any: it is a bug
+            return f"with it the model stops: {type(error).__name__}: {clip.first_line(error)}"
+    train_toy.draw_grid(Path(path), [right, wrong], ["ours", name.replace("_", " ")], titles,
+                        f"{BUGS[name].replaces}: {what}, and with {name.replace('_', ' ')}.")
+    if torch.equal(right, wrong):
+        return (f"wrote {path}: both rows are equal, as this one does its harm in training, which "
+                "no picture of trained weights can show")
+    return (f"wrote {path}: ours above, the bug below; pixels differ by "
+            f"{(right - wrong).abs().mean():.3f} of 2 on average")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="A museum of bugs; draws what one of them does.",
+                                     allow_abbrev=False)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="an exhibit (without: the list)")
+    parser.add_argument("-o", "--out", default="bug.png", help="where to write the picture")
+    args = parser.parse_args(arguments)
+    if args.name is None:
+        for name, each in BUGS.items():
+            print(f"{name}  ({each.replaces})\n" + textwrap.fill(
+                each.history, 92, initial_indent="    ", subsequent_indent="    "))
+        return 0
+    if args.name not in BUGS:
+        print(f"error: expected one of {', '.join(BUGS)}, got {args.name!r}", file=sys.stderr)
+        return 2
+    print(BUGS[args.name].history)
+    unclip.stop_on_error(lambda: print(show(args.name, args.out)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -83,7 +83,8 @@ class Grader:
             self.grades[name] = {*graded_by.get(exercise, quick)}
             if self.slow:
                 self.grades[name] |= {test_name(i.nodeid) for i in items} - quick
-        keep = [item for item in items if self.calls(item.nodeid)]
+        keep = [item for item in items if self.calls(item.nodeid)
+                and item.path.name != "test_coursework.py"]                # it grades by itself
         config.hook.pytest_deselected(items=[item for item in items if item not in keep])
         items[:] = keep
 

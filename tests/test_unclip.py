@@ -346,8 +346,8 @@ def test_pictures_can_be_varied_mixed_and_edited_from_the_command_line(command, 
     W, H = clip.read_picture(files / "strip.png").size
     assert H == 256 and W == columns * 260 - 4
     for bad, says in ((["no.png"], "no.png"), (["good.pt"], "good.pt")):
-        words[1:2] = bad
-        status, _, complaint = command(unclip.main, *words, "--weights", "good.pt")
+        status, _, complaint = command(unclip.main, words[0], *bad, *words[2:], "--weights",
+                                       "good.pt")
         assert status == 2 and says in complaint and "Traceback" not in complaint
 
 
