@@ -293,7 +293,7 @@ class UnCLIP:
     def rerank(self, pictures, captions, keep):
         """Of N pictures of each caption the `keep` nearest to it, says CLIP.   DALL-E sec. 2.6
 
-        pictures (B N, 3, H, W), N in a row for each of B captions -> (B keep, 3, H, W).
+        pictures (B N, 3, H, W), N in a row for each of B captions -> (B keep, 3, H, W), best first.
         """
         text = self.encode_text(list(captions))
         z_i = self.encode_image(pictures).unflatten(0, (len(captions), -1))      # (B, N, D)

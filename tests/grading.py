@@ -43,7 +43,6 @@ def pytest_configure(config):
             raise pytest.UsageError(str(error)) from None
         config.pluginmanager.register(Grader(impl, option("impl"), option("slow"),
                                              option("impl_seconds")))
-        config.option.tbstyle, config.option.reportchars = "no", ""
     if option("touches"):
         config.pluginmanager.register(Recorder(write=True))
 
@@ -66,6 +65,12 @@ class Grader:
     def __init__(self, impl, path, slow=False, seconds=20.0, diagnose=False):
         self.impl, self.path, self.slow, self.seconds = impl, os.path.abspath(path), slow, seconds
         self.diagnose, self.results, self.plain, self.hung = diagnose, {}, {}, set()
+
+    def pytest_configure(self, config):
+        config.option.tbstyle, config.option.reportchars = "native", ""      # the quickest to make
+
+    def pytest_sessionfinish(self, session):
+        session.config.option.tbstyle = "no"                                 # and shown to nobody
 
     def calls(self, nodeid):
         """Which of the functions this test grades."""

@@ -63,7 +63,7 @@ def test_a_stub_keeps_signature_and_docstring_and_no_body(name):
             assert [*map(ast.dump, [got] if what == "args" else got)] == \
                 [*map(ast.dump, [want] if what == "args" else want)]
         assert ast.get_docstring(node) == ast.get_docstring(ours)
-        assert ast.unparse(node.body[-1]) == coursework.TURN
+        assert ast.unparse(node.body[-1]) == "raise NotImplementedError('your turn')"
         assert len(node.body) == 1 + bool(ast.get_docstring(ours))
 
 
@@ -91,9 +91,9 @@ def test_our_own_functions_pass_as_a_students_file(tmp_path):
     path = tmp_path / "mine.py"
     impl = written(coursework.EXERCISES, path, solve=True)
     assert len(impl) >= len(coursework.EXERCISES)
-    grader = grade(impl, *most_specific(2), path=path, stop=False)
+    grader = grade(impl, *most_specific(1), path=path, stop=False)
     wrong = {test: hint for test, hint in grader.results.items() if hint}
-    assert not wrong and len(grader.results) >= len(most_specific(2))
+    assert not wrong and len(grader.results) >= len(most_specific(1))
 
 
 # ---------------------------------------------------------------- sentences in place of tracebacks
@@ -142,7 +142,7 @@ def test_the_command_prints_a_table_and_nothing_of_a_traceback(tmp_path):
                          capture_output=True, text=True)
     assert out.returncode == 1 and "Traceback" not in out.stdout, out.stdout
     assert re.search(r"diffusion.guide +1/1 +all is well", out.stdout), out.stdout
-    assert re.search(r"diffusion.simple_loss +0/1 +it returns a", out.stdout), out.stdout
+    assert re.search(r"diffusion.simple_loss +0/1 +E eps\^2, a number for", out.stdout), out.stdout
 
 
 # ---------------------------------------------------------------- swapping

@@ -258,9 +258,10 @@ def test_reverse_steps_retrace_the_forward_marginals_on_any_grid(
         options = {"variance": cov}
     for t, (mean, var) in marginals(rigged, alphabar, times, m, v, **options).items():
         if t > 0:
-            close(mean, alphabar[t].sqrt() * m, f"{options}: mean of x_{t}")
-            close(var, alphabar[t] * v + 1 - alphabar[t], f"{options}: variance of x_{t}; is the "
-                  "noise multiplied by a variance for a std, or a short process given long betas?")
+            close(mean, alphabar[t].sqrt() * m, f"the mean of x_{t} is off, with {[*options]}")
+            close(var, alphabar[t] * v + 1 - alphabar[t], f"the variance of x_{t} is off, with "
+                  f"{[*options]}: is the noise multiplied by a variance for a std, or a short "
+                  "process given long betas?")
 
 
 def test_ddim_tends_to_the_spread_of_the_data(alphabar, rigged):
