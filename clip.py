@@ -571,8 +571,9 @@ def sam_backward(loss_fn, parameters, rho):
     """Add to .grad the gradient at the worst nearby weights, w + rho g / |g|.   SAM eq. 2-3
 
     loss_fn() -> scalar, called twice, equal both times; parameters: those to move; g: the gradient
-    of all of them, |g| its one norm (plus 1e-12). Returns the loss at w, without a graph; the weights are as before. Points to flat minima. unCLIP trains CLIP so, with
-    rho = 0.1, which lowers the rank of the embeddings (app. C, sec. 2.2).
+    of all of them, |g| its one norm (plus 1e-12). Returns the loss at w, without a graph; the
+    weights are as before. Points to flat minima. unCLIP trains CLIP so, with rho = 0.1, which
+    lowers the rank of the embeddings (app. C, sec. 2.2).
     """
     parameters = list(parameters)
     before = [p.detach().clone() for p in parameters]

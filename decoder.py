@@ -595,8 +595,9 @@ class Upsampler(nn.Module):
         """Whole pictures (B, 3, S, S) -> windows for training, each with its damaged small twin.
 
         -> (B crops, 3, S / 4, S / 4), (B crops, 3, S / 16, S / 16). The whole picture is shrunk and
-        damaged first and cropped then, so that windows have no edges of their own. The damage: "bsr"
-        is bsr_degrade (numpy's rng seeded from torch's), "blur" a gaussian_blur for every other one.
+        damaged first and cropped then, so that windows have no edges of their own. The damage:
+        "bsr" is bsr_degrade (its rng seeded from torch's), "blur" a gaussian_blur, each picture's
+        with probability 1/2.
         """
         S = self.config.unet.size
         if self.config.corruption == "bsr":

@@ -599,10 +599,10 @@ def batch_loss(name, model, data, batch, progress):
 
 
 # What the best possible denoiser would reach. Of what a caption leaves open we draw many pictures.
-# If only these existed, Bayes' mean of them, each weighted by how likely it made x_t, would be best;
+# If only these existed, their mean, each weighted by how likely it made x_t (Bayes), would be best;
 # with fewer possibilities it errs less than in the whole world, so its error is a floor. A denoiser
-# made from half of them and tried on the other half may be better or worse than others but never
-# better than the best, so its error is a ceiling over what the best one would reach.
+# made from half of them and tried on the other half is never better than the best there is, so its
+# error is a ceiling. Both are averages over few pictures: the last digit is not to be trusted.
 
 def best_errors(alphabar, worlds, times):
     """Between which numbers the best possible E|x0 - x0_hat|^2 / d is, at each of n times.
@@ -658,7 +658,7 @@ def expectation(name, model, data, batch):
     ab = model.alphabar
     if name == "diffusion_prior":
         start, weight = "0.289 (17.2^2 / 1024) is what predicting 0 gives", torch.ones(len(ab))
-    else:                                         # |eps - eps_hat|^2 = ab / (1 - ab) |x0 - x0_hat|^2
+    else:                     # |eps - eps_hat|^2 = ab / (1 - ab) |x0 - x0_hat|^2, for the same x_t
         start = "about 1 from a network that says 0"
         weight = ab / (1 - ab) * decoder.eps_weight(model.config, ab, torch.arange(len(ab)))
     if name.startswith("upsampler"):              # given the enlarged picture, off by v from x0

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 CHAPTERS = ("diffusion", "clip", "prior", "decoder", "unclip", "train_toy")
 TOUCHES = Path(__file__).with_name("touches.json")     # {test: exercises it calls}, see grading.py
 
-# exercise: where the paper says it, and how hard it is: 1 a line or two, 2 some thought, 3 an evening
+# exercise: where a paper says it; how hard it is: 1 a line or two, 2 some thought, 3 an evening
 EXERCISES = {
     "diffusion.cosine_alphabar": ("IDDPM eq. 17", 1),
     "diffusion.linear_alphabar": ("DDPM sec. 4", 1),
@@ -241,8 +241,8 @@ def stubs(names, solve=False):
         if isinstance(node, ast.ClassDef) or name.count(".") > 1:
             kind = source(".".join(parts[0].split(".")[:2]))[2]
             if open_class != kind.name:
-                text += ["", "", f"class {kind.name}:             # only the methods written here are "
-                         "taken, all the rest stays ours"]
+                text += ["", "", f"class {kind.name}:             # only the methods written "
+                         "here are taken, all the rest stays ours"]
                 if ast.get_docstring(kind):
                     text += lines[kind.body[0].lineno - 1:kind.body[0].end_lineno]
                 given = [n for n in kind.body if getattr(n, "name", "") == "__init__"]
@@ -258,8 +258,8 @@ def stubs(names, solve=False):
             _, _, f = source(part)
             text += [""] * (i > 0) + head(lines, f)
             text += answer(part) if solve else [" " * (f.col_offset + 4) + TURN]
-    return "\n".join(["# Write the bodies, then: pytest --impl THIS_FILE   (helpers of your own are "
-                      "welcome)", *imports(names), *text[1:], ""])
+    return "\n".join(["# Write the bodies, then: pytest --impl THIS_FILE. Helpers of your own are "
+                      "welcome.", *imports(names), *text[1:], ""])
 
 
 # ---------------------------------------------------------------- swapping

@@ -119,8 +119,9 @@ def enlarging(model):
                       " (root mean square, of a range of 2)"])
 
 
-EXPERIMENTS = {f.__name__: f for f in (guidance, decoder_steps, prior_steps, other_prior, candidates,
-                                       rerank, prior_guidance, no_prior, enlarging, a_planted_bug)}
+EXPERIMENTS = {f.__name__: f for f in (
+    guidance, decoder_steps, prior_steps, other_prior, candidates, rerank, prior_guidance, no_prior,
+    enlarging, a_planted_bug)}
 
 
 @torch.no_grad()

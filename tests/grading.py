@@ -100,10 +100,12 @@ class Grader:
                                  for name, f in self.impl.items()}):
             return (yield)
 
-    @pytest.hookimpl(tryfirst=True)
+    @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item):
         for name in self.hung & {*self.calls(item.nodeid)}:
             pytest.fail(f"not run, as {name} did not come to an end before")
+        with self.limit():
+            return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
@@ -270,7 +272,7 @@ def reference(ours, args, options):
 
 
 def differs(got, want):
-    """How an answer differs in kind from ours, as a sentence; "" if it does not, or ours is None."""
+    """How an answer differs in kind from ours, a sentence; "" if it does not, or ours is None."""
     import torch
 
     def kind(x):

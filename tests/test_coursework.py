@@ -102,7 +102,7 @@ SLIPS = {
     "raise KeyError('w')": "KeyError in line 4 of mine.py: 'w'",
     "return None": "it returns nothing (None) where ours returns a float64 tensor of shape (3, 2",
     "return (uncond + scale * (cond - uncond))[0]": "tensor of shape (2, 4, 4) where ours",
-    "return (uncond + scale * (cond - uncond)).float()": "a float32 tensor of shape (3, 2, 4, 4) wh",
+    "return (uncond + scale * (cond - uncond)).float()": "a float32 tensor of shape (3, 2, 4, 4",
     "cond -= uncond; return uncond + scale * cond": "it changes an argument",
     "return cond.mul_(scale)": "it changes an argument",
     "return cond + scale * (cond - uncond)": "scale 0 ignores the caption",
@@ -149,7 +149,7 @@ def test_the_command_prints_a_table_and_nothing_of_a_traceback(tmp_path):
 
 
 def test_a_swap_reaches_every_place_that_holds_our_function():
-    """Whoever holds a function itself, and not the chapter's name for it, would go on using ours."""
+    """Who holds a function itself, and not the chapter's name for it, would go on using ours."""
     for name in coursework.EXERCISES:
         for part in coursework.functions(name):
             owner, attribute = coursework.home(part)
@@ -210,9 +210,9 @@ def test_what_is_no_exercise_is_refused_in_a_sentence(words, capsys):
 
 
 @pytest.mark.parametrize("name, says", [("variance_times_noise", "pixels differ"),
-                                        ("straight_line", "pixels differ"),
                                         ("bound_in_nats", "both rows are equal")])
-def test_a_bug_is_drawn_beside_the_right_pictures(name, says, tmp_path, capsys):
+def test_a_bug_is_drawn_beside_the_right_pictures(name, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bugs, "CAPTIONS", bugs.CAPTIONS[:1])
     assert bugs.main([name, "-o", str(tmp_path / "bug.png")]) == 0
     assert says in capsys.readouterr().out and (tmp_path / "bug.png").stat().st_size > 5000
     assert bugs.main(["no_such_bug"]) == 2

@@ -218,7 +218,7 @@ def test_the_scaled_space_has_the_variance_of_pixels(own_words):
     z = rand(5, D)
     x = own_words.scale(z)
     assert torch.allclose(x.pow(2).mean(1), torch.full((5,), 17.2 ** 2 / 1024), atol=1e-6), \
-        "unit vectors times 17.2 sqrt(D / 1024): the square of an element is 17.2^2 / 1024 on average"
+        "unit vectors times 17.2 sqrt(D / 1024): an element's square is 17.2^2 / 1024 on average"
     assert torch.allclose(own_words.scale(3 * z), x, atol=1e-6), "the length of z should not matter"
     assert torch.allclose(own_words.unscale(x), z / z.norm(dim=1, keepdim=True), atol=1e-6)
     big = prior.DiffusionPrior(prior.DiffusionPriorConfig(embed_dim=1024, vocab_size=9, context=4,
@@ -285,7 +285,7 @@ def test_of_the_candidates_the_one_nearest_to_the_caption_is_kept(model, text):
 
 
 def test_samples_land_on_the_modes_and_not_between(own_words, text, monkeypatch):
-    """Two embeddings are possible, and the denoiser is Bayes' own: each sample is one of the two."""
+    """Two embeddings are possible, the denoiser is Bayes' own: each sample is one of the two."""
     modes = torch.eye(D)[:2]
     centres, many = own_words.scale(modes), clip.Text(*(x.repeat(8, *[1] * (x.ndim - 1))
                                                         for x in text))
