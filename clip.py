@@ -245,7 +245,10 @@ class Tokenizer:
         return len(self.tokens)
 
     def bpe(self, word):
-        """One word to its tokens: join the neighbours learned first, until none is left."""
+        """One word to its tokens: join the neighbours learned first, until none is left.
+
+    self.rank {(left, right): 0 for the first learned, 1, ...}; "né" begins as spell("né").
+    """
         pieces = spell(word)
         while len(pieces) > 1:
             first = min(zip(pieces, pieces[1:]), key=lambda pair: self.rank.get(pair, float("inf")))
@@ -570,9 +573,10 @@ def clip_loss(image_emb, text_emb, scale, caption_ids=None):
 def sam_backward(loss_fn, parameters, rho):
     """Add to .grad the gradient at the worst nearby weights, w + rho g / |g|.   SAM eq. 2-3
 
-    loss_fn() -> scalar, called twice, equal both times; parameters: those to move. Returns the
-    loss at w; the weights are as before. Points to flat minima. unCLIP trains CLIP so, with
-    rho = 0.1, which lowers the rank of the embeddings (app. C, sec. 2.2).
+    loss_fn() -> scalar, called twice, equal both times; parameters: those to move; g: the gradient
+    of all of them, |g| its one norm (plus 1e-12). Returns the loss at w, without a graph; the
+    weights are as before. Points to flat minima. unCLIP trains CLIP so, with rho = 0.1, which
+    lowers the rank of the embeddings (app. C, sec. 2.2).
     """
     parameters = list(parameters)
     before = [p.detach().clone() for p in parameters]
@@ -998,4 +1002,7 @@ def demo():
 
 
 if __name__ == "__main__":
-    sys.exit(main() if len(sys.argv) > 1 else demo())
+    if len(sys.argv) > 1:
+        sys.exit(main())
+    import unclip
+    unclip.stop_on_error(demo)

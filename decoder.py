@@ -416,6 +416,7 @@ def crop_pair(high, low, crop, generator=None):
     high (B, 3, H, W), low (B, 3, h, w) with H = factor * h, and crop the side in high-res pixels
     -> (B, 3, crop, crop), (B, 3, crop / factor, crop / factor). The corner is drawn on the low-res
     grid, so both windows show the same thing. Damage low before cropping: no mirrored edges inside.
+    ValueError unless high is k times low, and crop a multiple of k that fits.
     """
     factor, (h, w) = high.shape[2] // low.shape[2], low.shape[2:]
     side = crop // factor                                            # in low-res pixels
@@ -596,7 +597,9 @@ class Upsampler(nn.Module):
         """Whole pictures (B, 3, S, S) -> windows for training, each with its damaged small twin.
 
         -> (B crops, 3, S / 4, S / 4), (B crops, 3, S / 16, S / 16). The whole picture is shrunk and
-        damaged first and cropped then, so that windows have no edges of their own.
+        damaged first and cropped then, so that windows have no edges of their own. The damage:
+        "bsr" is bsr_degrade (its rng seeded from torch's), "blur" a gaussian_blur, each picture's
+        with probability 1/2.
         """
         S = self.config.unet.size
         if self.config.corruption == "bsr":
@@ -819,4 +822,5 @@ def demo(path="stages.png"):
 
 
 if __name__ == "__main__":
-    demo()
+    import unclip
+    unclip.stop_on_error(demo)

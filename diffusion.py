@@ -72,7 +72,11 @@ def spaced_timesteps(T, K):
 
 
 def section_timesteps(T, counts):
-    """1..T cut into len(counts) equal sections, each with its own count of times.  IDDPM's code."""
+    """1..T cut into len(counts) equal sections, each with its own count of times.  IDDPM's code.
+
+    Within each as in spaced_timesteps; what is left over makes the first sections one longer.
+    section_timesteps(10, [2, 3, 1]) -> [1, 4, 5, 6, 7, 10], of 1..4, 5..7 and 8..10.
+    """
     sizes = [T // len(counts) + (i < T % len(counts)) for i in range(len(counts))]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [start + t for start, size, K in zip(starts, sizes, counts)
@@ -82,7 +86,8 @@ def section_timesteps(T, counts):
 def glide27_timesteps(T=1000):
     """GLIDE's 27 times for its upsampler: many steps near the data, few in noise.   GLIDE app. B.2.
 
-    Ends at 998 of 1000: at the end of the cosine schedule x_t holds next to no signal. T >= 50.
+    Sections of 10, 10, 3, 2 and 2 times, but ends at 998 of 1000, T - 2 T // 1000: at the end of
+    the cosine schedule x_t holds next to no signal. T >= 50.
     """
     return [*section_timesteps(T, [10, 10, 3, 2, 2])[:-1], T - 2 * T // 1000]
 
@@ -231,7 +236,7 @@ def measure_cov(denoise, alphabar, x0, times, generator=None):
 
     For the best possible denoiser this is E tr Cov(x0 | x_t) / d, Analytic-DPM's quantity.
     denoise(x_t, t) -> x0_hat (N, ...), t an int; x0 (N, ...) data  ->  (T+1,) float64, measured at
-    `times`, linear in between, 0 at t = 0, constant after the last.
+    `times`, linear in between, 0 at t = 0, constant after the last. One draw of noise per time.
     """
     known = {0: 0.0}
     for t in times:
@@ -251,7 +256,8 @@ def discretized_log_likelihood(x, mean, log_std):
     """log of the Gaussian mass in x's bin x +- 1/255: pixels are 8-bit numbers.   DDPM eq. 13.
 
     x (B, ...) in [-1, 1] -> (B, ...) in nats, never below log 1e-12. The bins at -1 and 1 reach to
-    infinity. The normal distribution function is the tanh formula of the published losses.
+    infinity. The normal distribution function is that of the published losses:
+        Phi(u) = (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3))) / 2
     """
     def cdf(u):
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3)))

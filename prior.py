@@ -106,7 +106,7 @@ class DiffusionPrior(nn.Module):
         """Who may look at whom, for the last `rows` of the sequence.
 
         Causal; and where CLIP's states stand for the words, padded ones are hidden.
-        mask (B, L) -> (B or 1, 1, rows, L + 4) bool
+        mask (B, L) -> (B or 1, 1, rows, L + 4) bool, True where a row may look.
         """
         S = mask.shape[1] + 4
         causal = torch.ones(rows, S, dtype=torch.bool, device=mask.device).tril(S - rows)
@@ -228,7 +228,10 @@ def principal_components(z, keep=0.99):
 
 
 def quantile_edges(y, buckets):
-    """Cuts that put equally many of y's numbers in every bucket: y (N, K) -> (K, buckets - 1)."""
+    """Cuts that put equally many of y's numbers in every bucket: y (N, K) -> (K, buckets - 1).
+
+    A cut is the smallest number of the bucket above it: number i N // buckets of N sorted ones.
+    """
     first = torch.arange(1, buckets, device=y.device) * len(y) // buckets      # of every bucket
     return y.sort(0).values[first].T.contiguous()
 
@@ -267,7 +270,9 @@ class ARPrior(nn.Module):
     def fit(self, z_i, z_t):
         """Choose directions, buckets and their values from data: z_i, z_t (N, D). Once, at first.
 
-        `principal_components(z_i)` tells how many components the config should have.
+        Fills mean, basis (`principal_components` tells how many the config should have); edges, of
+        z_i's components, and dot_edges, of the cosines, by `quantile_edges`; and values, the mean
+        of each bucket, or of an empty one the cut below it.   ValueError if N < buckets.
         """
         c = self.config
         mean, basis = principal_components(z_i, keep=1.0)
@@ -288,7 +293,7 @@ class ARPrior(nn.Module):
             self.values[k] = torch.where(count > 0, total / count.clamp(min=1), lower)
 
     def encode(self, z):
-        """z (B, D) -> codes (B, K) in 0..buckets-1."""
+        """z (B, D) -> codes (B, K) in 0..buckets-1: how many cuts of `edges` are not above y_k."""
         y = (unit(z) - self.mean) @ self.basis                                 # (B, K)
         return torch.searchsorted(self.edges, y.T.contiguous(), right=True).T
 
@@ -298,7 +303,7 @@ class ARPrior(nn.Module):
         return unit(self.mean + y @ self.basis.T)
 
     def dot_code(self, z_i, z_t):
-        """z_i, z_t (B, D) -> (B,) in 0..buckets-1, the rounded cosine."""
+        """z_i, z_t (B, D) -> (B,) in 0..buckets-1, the cosine, rounded as in `encode`."""
         return torch.bucketize((unit(z_i) * unit(z_t)).sum(1), self.dot_edges, right=True)
 
     def run(self, x, context=None, caches=None):
@@ -445,4 +450,5 @@ def demo(steps=64):
 
 
 if __name__ == "__main__":
-    demo()
+    import unclip
+    unclip.stop_on_error(demo)

@@ -503,6 +503,7 @@ class Data:
     @torch.no_grad()
     def embed(self, model):
         """Once CLIP is trained: what it makes of every picture and caption."""
+        self.encode = model.encode_image
         self.z_i = torch.cat([model.encode_image(self.small(rows, self.size))
                               for rows in self.chunks("embedding pictures")])
         self.z_t = torch.cat([model.encode_text(self.tokens[rows].to(self.device))[0]
@@ -597,18 +598,89 @@ def batch_loss(name, model, data, batch, progress):
     return model.loss(z_i, text).mean()
 
 
+# What the best possible denoiser would reach. Of what a caption leaves open we draw many pictures.
+# If only these existed, their mean, each weighted by how likely it made x_t (Bayes), would be best;
+# with fewer possibilities it errs less than in the whole world, so its error is a floor. A denoiser
+# made from half of them and tried on the other half is never better than the best there is, so its
+# error is a ceiling. Both are averages over few pictures: the last digit is not to be trusted.
+
+def best_errors(alphabar, worlds, times):
+    """Between which numbers the best possible E|x0 - x0_hat|^2 / d is, at each of n times.
+
+    worlds (C, K, d): for each of C conditions, K things that it may mean -> low, high (n,)
+    """
+    half = worlds.shape[1] // 2
+    known, new = worlds[:, :half], worlds[:, half:]                        # (C, K / 2, d)
+    mean = known.mean(1, keepdim=True)                                     # (C, 1, d)
+    off = (known - mean).flatten(0, 1)                                     # (C K / 2, d)
+    power, basis = torch.linalg.eigh(off.T @ off / (len(off) - len(worlds)))
+    low, high = [], []
+    for t in times:
+        ab = alphabar[t].float()
+
+        def error(of, among):
+            """Bayes' mean among (C, J, d) for noised members of (C, I, d) -> its error."""
+            x_t = ab.sqrt() * of + (1 - ab).sqrt() * torch.randn_like(of)
+            far = torch.cdist(x_t, ab.sqrt() * among).square()             # (C, I, J)
+            return ((-far / (2 * (1 - ab))).softmax(2) @ among - of).square().mean()
+
+        noised = ab.sqrt() * (new - mean) + (1 - ab).sqrt() * torch.randn_like(new)
+        gain = ab.sqrt() * power.clamp(min=0) / (ab * power.clamp(min=0) + 1 - ab)       # (d,)
+        line = ((noised @ basis * gain) @ basis.T - (new - mean)).square().mean()
+        low.append(error(worlds, worlds))
+        high.append(torch.minimum(error(new, known), line))
+    return torch.stack(low), torch.stack(high)
+
+
+def best_loss(model, weight, share, worlds):
+    """Bounds of the best mean loss, if it is weight[t] |x0 - x0_hat|^2 / d and the condition is
+    dropped in this share of the rows. weight (T+1,), worlds (C, K, d) -> (low, high)."""
+    T = model.config.T
+    times = [1 + (2 * i + 1) * T // 32 for i in range(16)]
+    nothing = worlds[:, ::max(1, worlds.numel() // 2 ** 19)].flatten(0, 1)[None]         # (1, N, d)
+    nothing = nothing[:, torch.randperm(nothing.shape[1])]
+    told, untold = (best_errors(model.alphabar, w, times) for w in (worlds, nothing))
+    return [float((weight[times] * ((1 - share) * a + share * b)).mean())
+            for a, b in zip(told, untold)]
+
+
+@torch.no_grad()
 def expectation(name, model, data, batch):
-    """What to expect of the loss, a line of text."""
+    """What to expect of the loss, a line of text: where it begins, and where it must end."""
     if name == "clip":
         same = data.ids[data.rivals(batch)]
         floor = (same[:, None] == same[None, :]).sum(1).log().mean()
         return (f"from log({batch}) = {math.log(batch):.2f}; equal captions put the floor at "
                 f"{floor:.2f}")
-    if name == "diffusion_prior":
-        return "0.289 (17.2^2 / 1024) is what predicting 0 gives"
     if name == "ar_prior":
         return f"from log({model.config.buckets}) = {math.log(model.config.buckets):.2f}, a guess"
-    return "about 1 from a network that says 0; the variational bound comes on top"
+    torch.manual_seed(0)
+    ab = model.alphabar
+    if name == "diffusion_prior":
+        start, weight = "0.289 (17.2^2 / 1024) is what predicting 0 gives", torch.ones(len(ab))
+    else:                     # |eps - eps_hat|^2 = ab / (1 - ab) |x0 - x0_hat|^2, for the same x_t
+        start = "about 1 from a network that says 0"
+        weight = ab / (1 - ab) * decoder.eps_weight(model.config, ab, torch.arange(len(ab)))
+    if name.startswith("upsampler"):              # given the enlarged picture, off by v from x0
+        high, low = model.prepare(data.source.pictures([*range(4)], model.config.unet.size))
+        v = (decoder.enlarge(low, high.shape[2]) - high).square().mean()
+        line = (weight * v * (1 - ab) / (ab * v + 1 - ab))[1:].mean()
+        return (f"{start}; {line:.3f} by the best line from the enlarged small picture, less for "
+                "who knows edges; the variational bound comes on top")
+    if not isinstance(data.source, World):
+        return start + ("; the variational bound comes on top" if name == "decoder" else "")
+    rng, scenes = random.Random(0), data.source.scenes
+    drawn = [place(stated(s), rng) for s in scenes[::max(1, len(scenes) // 32)][:32]
+             for _ in range(32)]
+    x = render_many(drawn, 64)
+    if name == "decoder":
+        x = decoder.shrink(x, model.config.unet.size)
+        low, high = best_loss(model, weight, 0.05, x.flatten(1).unflatten(0, (-1, 32)))
+        return (f"{start}; the best possible is between {low:.2f} and {high:.2f} if z_i says what "
+                "captions say, less as it says more; the variational bound comes on top")
+    z = data.encode(decoder.shrink(x, data.size).to(data.device))
+    low, high = best_loss(model, weight, 0.1, model.scale(z).unflatten(0, (-1, 32)).cpu())
+    return f"{start}; the best possible is between {low:.3f} and {high:.3f}"
 
 
 def train(name, stage, model, data, seed, state, save, save_seconds=20.0, sam=0.0):

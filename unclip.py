@@ -300,7 +300,7 @@ class UnCLIP:
     def rerank(self, pictures, captions, keep):
         """Of N pictures of each caption the `keep` nearest to it, says CLIP.   DALL-E sec. 2.6
 
-        pictures (B N, 3, H, W), N in a row for each of B captions -> (B keep, 3, H, W).
+        pictures (B N, 3, H, W), N in a row for each of B captions -> (B keep, 3, H, W), best first.
         """
         text = self.encode_text(list(captions))
         z_i = self.encode_image(pictures).unflatten(0, (len(captions), -1))      # (B, N, D)
@@ -967,10 +967,10 @@ def show(pictures, args, start, columns=None):
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def stop_on_error(run, args):
+def stop_on_error(run, *args):
     """Run a command; what the user can mend ends it with one sentence and exit status 2."""
     try:
-        run(args)
+        run(*args)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

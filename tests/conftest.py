@@ -1,4 +1,4 @@
-"""What all tests share: they import the chapters from the folder above."""
+"""What all tests share: they import the chapters from the folder above. (Grading: grading.py.)"""
 import os
 import sys
 from pathlib import Path

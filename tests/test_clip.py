@@ -154,7 +154,8 @@ def test_the_mask_ends_with_the_first_end_token(tokenizer):
     """"!!" puts a 0 among the real tokens: a mask made of tokens != 0 would lose it."""
     tokens = tokenizer(["", "!! a", "a <|endoftext|> a"], context_length=7)
     mask = clip.token_mask(tokens, tokenizer.end)
-    assert mask.sum(1).tolist() == [2, 5, 3] and mask.dtype == torch.bool
+    assert mask.sum(1).tolist() == [2, 5, 3], "find the padding by the first end, not by its zeros"
+    assert mask.dtype == torch.bool
     for row, real in zip(tokens.tolist(), mask.tolist()):
         first = row.index(tokenizer.end)
         assert real == [i <= first for i in range(7)]
@@ -321,7 +322,8 @@ def test_in_a_causal_block_no_position_sees_a_later_one(block):
     other = x.clone()
     other[:, 3] += 1
     moved = (block(x, causal=True) - block(other, causal=True)).abs().amax((0, 2)) > 0
-    assert moved.tolist() == [False] * 3 + [True] * 3, f"positions that moved: {moved}"
+    assert moved.tolist() == [False] * 3 + [True] * 3, \
+        f"causal: token 3 changed, and these positions moved: {moved.tolist()}"
 
 
 def test_example_i_of_a_block_never_sees_example_j(block, seeing_block):
@@ -360,7 +362,8 @@ def test_the_two_activations_are_the_formulas(block):
     y = x + block.proj(clip.attend(q, k, v, 2))
     h = block.fc1(block.ln2(y))
     gelu = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
-    assert torch.allclose(block(x), y + block.fc2(gelu), atol=1e-12), "the exact GELU, with erf?"
+    assert torch.allclose(block(x), y + block.fc2(gelu), atol=1e-12), \
+        "the exact GELU, with erf? LayerNorm before each branch, and not after it?"
     block.activation = "quick_gelu"
     quick = h / (1 + torch.exp(-1.702 * h))
     assert torch.allclose(block(x), y + block.fc2(quick), atol=1e-12)
@@ -500,8 +503,9 @@ def test_dropped_captions_are_all_padding_with_a_zero_embedding(tokens):
     text = clip.Text(tokens, tokens > 0, torch.ones(8, 8), torch.ones(8, 8, 8))
     keep = torch.arange(8) % 2 == 0
     dropped = text.drop(keep)
-    assert torch.equal(dropped.mask[keep], text.mask[keep]) and not dropped.mask[~keep].any()
-    assert dropped.z_t[keep].all() and not dropped.z_t[~keep].any()
+    assert torch.equal(dropped.mask[keep], text.mask[keep]), "kept captions stay as they are"
+    assert not dropped.mask[~keep].any(), "a dropped caption's mask is all False: padding alone"
+    assert dropped.z_t[keep].all() and not dropped.z_t[~keep].any(), "z_t is dropped, too: zero"
 
 
 # ---------------------------------------------------------------- loss, SAM, zero-shot
@@ -546,7 +550,8 @@ def test_a_fresh_clip_knows_nothing():
 
 def test_the_temperature_starts_at_007_and_never_exceeds_100(config):
     model = clip.CLIP(config)
-    assert abs(model.scale() - 14.2857) < 1e-3, "log(1 / 0.07), and used with its exp?"
+    assert abs(model.logit_scale - 2.6593) < 1e-3, "the logit scale starts at log(1 / 0.07)"
+    assert abs(model.scale() - 14.2857) < 1e-3, "the logit scale is used with its exp: 1 / 0.07"
     with torch.no_grad():
         model.logit_scale += 50                                      # a huge step
     assert model.scale() == 100

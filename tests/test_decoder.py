@@ -190,7 +190,8 @@ def test_scale_and_shift_steer_the_second_norm():
     block, x, emb = refill(decoder.ResBlock(32, 64, 16)), rand(2, 32, 4, 4), rand(2, 16)
     scale, shift = block.emb(emb)[:, :64, None, None], block.emb(emb)[:, 64:, None, None]
     h = block.norm2(block.conv1(F.silu(block.norm1(x)))) * (1 + scale) + shift
-    assert torch.allclose(block(x, emb), block.skip(x) + block.conv2(F.silu(h)), atol=1e-5)
+    assert torch.allclose(block(x, emb), block.skip(x) + block.conv2(F.silu(h)), atol=1e-5), \
+        "norm2 comes first, then times (1 + scale), plus shift, then SiLU and conv2"
 
 
 def test_a_fresh_unet_predicts_zero():

@@ -79,7 +79,8 @@ def test_at_the_last_time_hardly_any_signal_is_left_whatever_T(steps):
 
 def test_spaced_timesteps_include_both_ends():
     spaced = diffusion.spaced_timesteps
-    assert spaced(1000, 7) == [1, 167, 334, 501, 667, 833, 1000], "half to even: 500 from 499.5"
+    assert spaced(1000, 7) == [1, 167, 334, 501, 667, 833, 1000], \
+        "both ends, 1 and T; and half to even: 500 from 499.5"
     assert spaced(1000, 25)[:4] == [1, 43, 84, 126] and spaced(7, 4) == [1, 3, 5, 7]
     assert spaced(9, 1) == [9], "one step starts where there is only noise"
     for count in range(2, 1001, 7):
@@ -103,11 +104,11 @@ def test_the_other_spacings():
 def test_the_time_embedding_tells_every_time_apart():
     got = diffusion.sinusoid(torch.tensor([0, 5, 999]), 8)
     assert got.shape == (3, 8) and got.dtype == torch.float32, "one row for each time"
+    alone = diffusion.sinusoid(torch.tensor([5]), 8)
+    assert torch.equal(alone[0], got[1]), "the row of t = 5 changes with its batch: wrong axis?"
     angles = [[i * 10000 ** (-k / 4) for k in range(4)] for i in (0, 5, 999)]
     want = [[math.cos(a) for a in row] + [math.sin(a) for a in row] for row in angles]
     close(got, want, "cosines first, then sines; frequencies 10000^(-2k / width)", 1e-4)
-    alone = diffusion.sinusoid(torch.tensor([5]), 8)
-    assert torch.equal(alone[0], got[1]), "the row of t = 5 changes with its batch: wrong axis?"
 
 
 # ------------------------------------------------------------------ forward process and posterior
@@ -257,9 +258,10 @@ def test_reverse_steps_retrace_the_forward_marginals_on_any_grid(
         options = {"variance": cov}
     for t, (mean, var) in marginals(rigged, alphabar, times, m, v, **options).items():
         if t > 0:
-            close(mean, alphabar[t].sqrt() * m, f"{options}: mean of x_{t}")
-            close(var, alphabar[t] * v + 1 - alphabar[t], f"{options}: variance of x_{t}; is the "
-                  "noise multiplied by a variance for a std, or a short process given long betas?")
+            close(mean, alphabar[t].sqrt() * m, f"the mean of x_{t} is off, with {[*options]}")
+            close(var, alphabar[t] * v + 1 - alphabar[t], f"the variance of x_{t} is off, with "
+                  f"{[*options]}: is the noise multiplied by a variance for a std, or a short "
+                  "process given long betas?")
 
 
 def test_ddim_tends_to_the_spread_of_the_data(alphabar, rigged):
@@ -438,7 +440,8 @@ def test_velocity_says_the_same_as_eps(alphabar, pictures):
     for t in (1, 20, T):
         x_t, ab = diffusion.q_sample(alphabar, x0, t, eps), alphabar[t]
         velocity = ab.sqrt() * eps - (1 - ab).sqrt() * x0
-        close(diffusion.eps_from_velocity(alphabar, x_t, t, velocity), eps, f"t = {t}", 1e-9)
+        close(diffusion.eps_from_velocity(alphabar, x_t, t, velocity), eps, f"t = {t}: velocity is "
+              "sqrt(ab) eps - sqrt(1 - ab) x0; another sign?", 1e-9)
         wrong = diffusion.eps_from_velocity(alphabar, x_t, t, velocity + v)
         close((wrong - eps) / ab.sqrt(), v, f"t = {t}: the error", 1e-9)
         off = diffusion.predict_x0(alphabar, x_t, t, wrong) - x0
@@ -471,7 +474,8 @@ def test_the_bound_trains_the_variance_only(alphabar, pictures):
 
 def test_guidance_at_0_1_and_3(pictures):
     null, cond, _, _ = pictures
-    close(diffusion.guide(null, cond, 0), null, "scale 0 ignores the caption")
+    close(diffusion.guide(null, cond, 0), null, "scale 0 ignores the caption; is it Ho & Salimans' "
+          "w, which is scale - 1?")
     close(diffusion.guide(null, cond, 1), cond, "scale 1 is the plain model")
     close(diffusion.guide(null, cond, 3), 3 * cond - 2 * null, "1 + w = 3 in Ho & Salimans' count")
     both = diffusion.guide_eps(torch.cat([null, null], 1), torch.cat([cond, pictures[2]], 1), 3)

@@ -165,7 +165,8 @@ def test_padding_does_not_matter(model, text):
     x_t, t = rand(8, D, seed=6), torch.full((8,), 300)
     other = text._replace(tokens=torch.where(text.mask, text.tokens, 7),
                           states=torch.where(text.mask[:, :, None], text.states, 7.0))
-    assert torch.equal(model(x_t, t, text), model(x_t, t, other))
+    assert torch.equal(model(x_t, t, text), model(x_t, t, other)), \
+        "what stands at padded places should not matter: tokens embedded, then self.pad there?"
 
 
 def test_example_i_never_sees_example_j(model, text):
@@ -179,15 +180,19 @@ def test_example_i_never_sees_example_j(model, text):
         assert rows == [1], f"row 1 of the output depends on rows {rows}"
 
 
-def test_the_time_path_is_not_one_linear_map_and_rows_are_times(model):
+def test_the_time_path_is_not_one_linear_map_and_rows_are_times(model, monkeypatch):
     a, b = torch.tensor([10]), torch.tensor([700])
     x = rand(2, D)
     both = model.step(x, torch.tensor([10, 700]))
     assert torch.allclose(model.step(x[:1], a)[0], both[0], atol=1e-6), "time along the batch axis?"
-    f = model.time
-    u, v = rand(1, W, seed=7), rand(1, W, seed=8)
-    assert not torch.allclose(f(u) + f(v), f(u + v) + f(torch.zeros(1, W)), atol=1e-4)
     assert not torch.allclose(model.step(x[:1], a), model.step(x[:1], b))
+    monkeypatch.setattr(diffusion, "sinusoid", lambda index, width: index)
+
+    def f(wave):                                     # the time's token, were this its sinusoid
+        return model.step(x[:1], wave)[:, 0]
+    u, v = rand(1, W, seed=7), rand(1, W, seed=8)
+    assert not torch.allclose(f(u) + f(v), f(u + v) + f(torch.zeros(1, W)), atol=1e-4), \
+        "the time path is one linear map: no activation between its layers?"
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -212,7 +217,8 @@ def test_guidance_0_ignores_the_caption_and_1_is_the_plain_model(model, text):
 def test_the_scaled_space_has_the_variance_of_pixels(own_words):
     z = rand(5, D)
     x = own_words.scale(z)
-    assert torch.allclose(x.pow(2).mean(1), torch.full((5,), 17.2 ** 2 / 1024), atol=1e-6)
+    assert torch.allclose(x.pow(2).mean(1), torch.full((5,), 17.2 ** 2 / 1024), atol=1e-6), \
+        "unit vectors times 17.2 sqrt(D / 1024): an element's square is 17.2^2 / 1024 on average"
     assert torch.allclose(own_words.scale(3 * z), x, atol=1e-6), "the length of z should not matter"
     assert torch.allclose(own_words.unscale(x), z / z.norm(dim=1, keepdim=True), atol=1e-6)
     big = prior.DiffusionPrior(prior.DiffusionPriorConfig(embed_dim=1024, vocab_size=9, context=4,
@@ -276,6 +282,21 @@ def test_of_the_candidates_the_one_nearest_to_the_caption_is_kept(model, text):
         dots = [float(clip.unit(z) @ clip.unit(text.z_t[i])) for z in all_of_them[i]]
         want = all_of_them[i, dots.index(max(dots))]
         assert torch.allclose(got[i], want, atol=1e-5), "the larger dot product, of unit vectors?"
+
+
+def test_samples_land_on_the_modes_and_not_between(own_words, text, monkeypatch):
+    """Two embeddings are possible, the denoiser is Bayes' own: each sample is one of the two."""
+    modes = torch.eye(D)[:2]
+    centres, many = own_words.scale(modes), clip.Text(*(x.repeat(8, *[1] * (x.ndim - 1))
+                                                        for x in text))
+    monkeypatch.setattr(own_words, "denoiser", lambda *_: lambda x, t: diffusion.mixture_x0(
+        own_words.alphabar, x, t, centres, 1e-3))
+    z = own_words.sample(many, steps=30, candidates=1, generator=torch.Generator().manual_seed(0))
+    near = (z @ modes.T).amax(1)
+    assert (near > 0.99).all(), (f"cosines to the nearest of two modes: {near[:4].tolist()}; is it "
+                                 "one pass from noise to the mean of all that could be?")
+    shares = (z @ modes.T).argmax(1).float().mean()
+    assert 0.3 < shares < 0.7, f"both modes are as likely; one got {shares:.0%}"
 
 
 def test_samples_are_unit_vectors_and_seeds_decide_them(own_words, text):
@@ -347,7 +368,8 @@ def test_buckets_are_equally_full(ar):
     codes = ar.encode(embeddings(400))
     assert codes.shape == (400, 6) and codes.min() == 0 and codes.max() == 7
     counts = torch.stack([torch.bincount(column, minlength=8) for column in codes.T])
-    assert (counts == 50).all(), f"400 embeddings in 8 buckets: {counts.tolist()}"
+    assert (counts == 50).all(), \
+        f"buckets should be equally full, with 50 of 400 in each, got {counts.tolist()}"
     dots = ar.dot_code(embeddings(400), rand(400, D, seed=5))
     assert (torch.bincount(dots, minlength=8) == 50).all()
 
@@ -402,7 +424,8 @@ def test_code_k_is_predicted_from_the_codes_before_it_only(ar, text):
         other = codes.clone()
         other[:, k] = 7 - other[:, k]
         moved = (ar(other, dot, text) - out).abs().amax((0, 2)) > 0
-        assert moved.tolist() == [i > k for i in range(6)], f"code {k} moved predictions {moved}"
+        assert moved.tolist() == [i > k for i in range(6)], \
+            f"only the codes before it may matter; code {k} moved the predictions {moved.tolist()}"
 
 
 def test_every_prediction_knows_dot_embedding_and_caption(ar, text):

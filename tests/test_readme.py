@@ -1,10 +1,18 @@
 """The README's claims: its tables, the names it mentions, the commands it shows."""
 import json
+import random
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import bugs
+import coursework
+import experiments
 import pytest
+import symbols
+import torch
 
 import clip
 import decoder
@@ -58,6 +66,19 @@ def test_every_picture_is_there():
         assert (ROOT / path).is_file(), path
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip", "prior", "decoder"])
+def test_a_demo_without_its_weights_ends_with_a_sentence(name, tmp_path):
+    """The chapters alone in a folder: no traceback, and status 2."""
+    for chapter in CHAPTERS:
+        (tmp_path / f"{chapter}.py").write_bytes((ROOT / f"{chapter}.py").read_bytes())
+    out = subprocess.run([sys.executable, f"{name}.py"], cwd=tmp_path, capture_output=True,
+                         text=True)
+    assert out.returncode == 2 and "Traceback" not in out.stderr
+    assert out.stderr.startswith("error: there is no file") and "toy.pt" in out.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["diffusion", "clip", "prior", "decoder"])
 def test_every_chapter_shows_something(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -67,16 +88,100 @@ def test_every_chapter_shows_something(name, tmp_path, monkeypatch, capsys):
         assert (tmp_path / "stages.png").stat().st_size > 1000
 
 
-def test_every_command_is_one_that_exists(monkeypatch, capsys):
-    """Each `python FILE WORDS` of the README is understood; it stops where it would begin to work."""
-    begun = []
-    monkeypatch.setattr(unclip, "stop_on_error", lambda run, args: begun.append(run))
-    lines = re.findall(r"^(?:.*&& )?python (\S+\.py)([^\n#]*)", README, re.M)
-    assert len(lines) >= 7
-    for file, words in lines:
-        if file == "clip.py":                            # it begins by looking for its files
-            assert clip.main(shlex.split(words)) == 2
-            assert "ViT-L-14.pt" in capsys.readouterr().err
+def test_the_symbols_are_where_the_table_says():
+    assert symbols.table() in README, "python tests/symbols.py writes the table anew"
+    for _, _, name, file, line in symbols.SYMBOLS:
+        known = (ROOT / file).read_text(encoding="utf-8")
+        assert all(re.search(rf"\b{word}\b", known) for word in name.split(", ")), name
+
+
+def test_the_experiments_are_those_that_were_measured():
+    found = json.loads(experiments.FILE.read_text(encoding="utf-8"))
+    assert set(found) == set(experiments.EXPERIMENTS) and len(found) == 10
+    for name, row in found.items():
+        stated = (f"({row['seconds of one core']} s)\n   <details><summary>Answer</summary>"
+                  f"{row['answer']}")
+        assert stated in README, f"{name} was measured anew: {stated}"
+    assert len(re.findall(r"<details><summary>Answer</summary>", README)) == 10
+
+
+def test_the_counts_of_exercises_and_bugs_are_right():
+    assert f"# {len(coursework.EXERCISES)} exercises" in README
+    assert f"each of the {len(bugs.BUGS)} bugs of the museum" in README
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["candidates", "enlarging"])
+def test_an_experiment_is_measured(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "CAPTIONS", 3)
+    assert experiments.main([name, "--out", str(tmp_path / "a.json")]) == 0
+    found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert found[name]["answer"] in capsys.readouterr().out
+    assert experiments.main(["nothing"]) == 2
+
+
+# ---------------------------------------------------------------- every command, run
+
+# What makes a command a matter of seconds; the last of two equal options counts.
+FEW = ["--decoder-steps", "2", "--upsampler-steps", "1", "1"]
+SHORT = {"sample": [*FEW, "--prior-steps", "2", "--rerank", "1"], "variations": [*FEW, "-n", "2"],
+         "interpolate": [*FEW, "-n", "2"], "edit": [*FEW, "-n", "2"],
+         "benchmark": ["--limit-seconds", "0.01"],
+         "train": ["--groups", "30", "--steps-scale", "0.0005"],
+         "evaluate": ["--captions", "5", "--ways", "caption alone"]}
+NOT_HERE = {"photo.jpg \"a cat\"": "ViT-L-14.pt",         # OpenAI's weights are not ours
+            "--device cuda": "there is no device"}
+ANEW = ("tests/experiments.py", "tests/symbols.py", "train_toy.py figures", "train_toy.py gallery")
+
+
+def commands():
+    """All of the README's commands that begin with python, in its order, each once."""
+    lines = re.findall(r"^(?:.*&& )?(python \S+\.py[^\n]*)|`(python \S+\.py[^`]*)`", README, re.M)
+    return list(dict.fromkeys(" ".join((a or b).split(" # ")[0].split()) for a, b in lines))
+
+
+@pytest.mark.slow
+def test_every_command_runs(tmp_path, monkeypatch, capsys):
+    """In one folder, one after the other, as a reader would; ANEW, whose work the tests of what
+    they write repeat, only explain themselves."""
+    monkeypatch.chdir(tmp_path)
+    few = unclip.Sampling(prior_steps=2, decoder_steps=2, upsampler_steps=(1, 1))
+    monkeypatch.setattr(unclip.PRESETS["toy"], "sampling", few)
+    monkeypatch.setattr(bugs, "CAPTIONS", bugs.CAPTIONS[:1])
+    (tmp_path / "karlo-v1-alpha").symlink_to(ROOT / "tests/golden/karlo_diffusers_tiny")
+    for folder in ("FOLDER", "pictures"):
+        (tmp_path / folder).mkdir()
+    for i in range(6):
+        scene = train_toy.random_scene(random.Random(i))
+        picture = unclip.to_pil(train_toy.render(scene, 64))
+        for name in [f"FOLDER/{i}.png", "other.png", "photo.jpg"]:
+            picture.save(tmp_path / name)
+        (tmp_path / f"FOLDER/{i}.txt").write_text(train_toy.caption(scene))
+    mains = {"unclip.py": unclip.main, "train_toy.py": train_toy.main, "tests/bugs.py": bugs.main,
+             "tests/coursework.py": coursework.main, "tests/experiments.py": experiments.main}
+    assert len(commands()) > 25
+    for command in commands():
+        _, file, *words = shlex.split(command.split(" > ")[0])
+        kind = next((w for w in words[:1] if w in SHORT), "train" if file == "train_toy.py" and (
+            not words or words[0].startswith("-")) else "")
+        if kind == "train" and "--out" in words:         # one part is enough, the second time
+            words += ["--only", "decoder"]
+        if "karlo-v1-alpha/" in words:                   # the small one knows 14 tokens a caption
+            words[1] = "a fox"
+        status = 0
+        try:
+            if any(command.startswith(f"python {anew}") for anew in ANEW):
+                if file != "tests/symbols.py":
+                    mains[file]([*words[:1], "--help"] if file == "train_toy.py" else ["--help"])
+            elif file in mains:
+                status = mains[file]([*words, *SHORT.get(kind, [])]) or 0
+            elif words:                                  # without: a demo, see above
+                status = CHAPTERS[file[:-3]].main(words)
+        except SystemExit as end:
+            status = end.code or 0
+        said = "".join(capsys.readouterr())
+        sorry = next((says for part, says in NOT_HERE.items() if part in command), None)
+        if sorry and not (sorry == "there is no device" and torch.cuda.is_available()):
+            assert status == 2 and sorry in said, f"{command}: {said}"
         else:
-            {"unclip.py": unclip, "train_toy.py": train_toy}[file].main(shlex.split(words))
-            assert begun.pop(), f"python {file}{words}"
+            assert status == 0, f"{command}: {said}"

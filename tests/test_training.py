@@ -3,6 +3,7 @@ import argparse
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ import unclip
 
 ROOT = Path(unclip.__file__).parent
 WEIGHTS = ROOT / "weights/toy.pt"
+
+pytestmark = pytest.mark.slow                     # trains, or draws with the committed weights
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +255,66 @@ def test_the_frechet_distance_of_gaussians_is_the_textbooks():
     got = train_toy.frechet(x * s1, x * s2 + 1)
     assert got == pytest.approx(3 + float(((s1 - s2) ** 2).sum()), abs=1e-9)
     assert train_toy.frechet(x, x) == pytest.approx(0, abs=1e-9)
+
+
+# ---------------------------------------------------------------- what loss to expect
+
+
+def test_the_best_possible_error_lies_between_its_bounds():
+    """Gaussian worlds, N(m_c, v I) for each of many conditions: the best x0_hat is a line, and its
+    error v (1 - ab) / (ab v + 1 - ab)."""
+    torch.manual_seed(0)
+    v, alphabar = 0.3, train_toy.diffusion.cosine_alphabar(1000)
+    times = [100, 400, 700, 1000]
+    worlds = 2 * torch.randn(24, 1, 3) + v ** 0.5 * torch.randn(24, 120, 3)
+    low, high = train_toy.best_errors(alphabar, worlds, times)
+    for t, a, b in zip(times, low, high):
+        best = v * (1 - alphabar[t]) / (alphabar[t] * v + 1 - alphabar[t])
+        assert a < 1.03 * best and 0.97 * best < b < 1.1 * best, (t, a, best, b)
+    wider, _ = train_toy.best_errors(alphabar, worlds.flatten(0, 1)[None], times)
+    assert (wider > low).all(), "who is told nothing errs more"
+
+
+def test_with_two_possible_pictures_the_best_denoiser_errs_as_bayes_says():
+    """x0 = +-1: E (x0 - tanh(sqrt(ab) x_t / (1 - ab)))^2, integrated on a grid."""
+    torch.manual_seed(0)
+    alphabar, t = train_toy.diffusion.cosine_alphabar(1000), 600
+    ab = alphabar[t]
+    x = torch.linspace(-9, 9, 20_001, dtype=torch.float64)
+    p = torch.exp(-(x - ab.sqrt()) ** 2 / (2 * (1 - ab)))
+    want = float((p * (1 - torch.tanh(ab.sqrt() * x / (1 - ab))) ** 2).sum() / p.sum())
+    worlds = torch.tensor([1.0, -1.0]).repeat(200, 100)[:, :, None]
+    low, high = train_toy.best_errors(alphabar, worlds, [t])
+    assert low == pytest.approx(want, rel=0.02) and high == pytest.approx(want, rel=0.02)
+
+
+def test_training_says_what_loss_to_expect(embedded, committed):
+    """The committed weights do not beat the floor, and the ceiling is below what nothing gives."""
+    model, data = embedded
+    said = {name: train_toy.expectation(name, train_toy.make_part(name, model, data, 0), data, 16)
+            for name in train_toy.STAGES}
+    assert "log(16) = 2.77" in said["clip"] and "a guess" in said["ar_prior"]
+    for name, least, most in (("diffusion_prior", 0.0, 0.2889), ("decoder", 0.0, 1.0)):
+        low, high = (float(x) for x in re.search(r"between ([\d.]+) and ([\d.]+)",
+                                                 said[name]).groups())
+        assert least < low <= high < most, said[name]
+    for name in ("upsampler1", "upsampler2"):
+        assert 0 < float(re.search(r"([\d.]+) by the best line", said[name])[1]) < 0.5, said[name]
+    encode, data.encode = data.encode, committed.parts["clip"].encode_image
+    try:
+        low = float(re.search(r"between ([\d.]+)", train_toy.expectation(
+            "diffusion_prior", committed.parts["diffusion_prior"], data, 16))[1])
+    finally:
+        data.encode = encode
+    tokens = committed.tokenizer(data.source.captions, committed.config.clip.context)
+    mask = clip.token_mask(tokens, committed.tokenizer.end)
+    with torch.no_grad():
+        z = committed.encode_image(data.small(torch.arange(len(tokens)), data.size))
+        text = clip.Text(tokens, mask, committed.parts["clip"].encode_text(tokens)[0],
+                         torch.zeros(len(tokens), 0))
+        torch.manual_seed(0)
+        loss = float(committed.parts["diffusion_prior"].loss(z, text).mean())
+    assert low < loss < 0.2889, f"the committed prior's loss is {loss}, the floor {low}"
 
 
 # ---------------------------------------------------------------- the paper's findings
