@@ -247,8 +247,8 @@ class Tokenizer:
     def bpe(self, word):
         """One word to its tokens: join the neighbours learned first, until none is left.
 
-    self.rank {(left, right): 0 for the first learned, 1, ...}; "né" begins as spell("né").
-    """
+        self.rank {(left, right): 0 for the first learned, 1, ...}; "né" begins as spell("né").
+        """
         pieces = spell(word)
         while len(pieces) > 1:
             first = min(zip(pieces, pieces[1:]), key=lambda pair: self.rank.get(pair, float("inf")))

@@ -240,6 +240,13 @@ def eps_weight(config, alphabar, t):
     return (1 / alphabar[t] if config.velocity else torch.ones(len(t))).float()
 
 
+def training_times(config, B):
+    """The times of a batch, (B,), all equally likely; with config.velocity mostly middle ones: in a
+    short run shapes and colours are learnt sooner."""
+    draw = diffusion.middle_times if config.velocity else diffusion.random_times
+    return draw(config.T, B)
+
+
 class Decoder(nn.Module):
     """Image embedding (and caption) -> picture.   unCLIP sec. 2.1
 
@@ -306,11 +313,10 @@ class Decoder(nn.Module):
     def loss(self, x0, z_i, text):
         """x0 (B, 3, H, W) in [-1, 1] -> (B,): IDDPM's hybrid loss.   Sec. 2.1
 
-        z_i is dropped in 10 % of the rows, the caption in 50 %, one regardless of the other. With
-        config.velocity most times are middle ones: in a short run shapes are learnt sooner.
+        z_i is dropped in 10 % of the rows, the caption in 50 %, one regardless of the other.
         """
         B, c = len(x0), self.config
-        t = diffusion.middle_times(c.T, B) if c.velocity else diffusion.random_times(c.T, B)
+        t = training_times(c, B)
         eps = torch.randn(x0.shape).to(x0)
         keep_image = (torch.rand(B, 1) >= 0.1).to(x0.device)
         keep_text = (torch.rand(B) >= 0.5).to(x0.device)
@@ -628,9 +634,10 @@ class Upsampler(nn.Module):
     def times(self, steps):
         """The times to sample at: evenly spaced with both ends, if nothing better is known.
 
-        Better for DDIM: GLIDE's 27, or a whole stride where there is one (it spares t = T).
+        Better for DDIM: GLIDE's 27, or a whole stride where there is one (it spares t = T), but not
+        of fewer than four, which would begin in the middle.
         """
-        if self.config.eta is None:
+        if self.config.eta is None or steps < 4:
             return diffusion.spaced_timesteps(self.config.T, steps)
         if steps == 27:
             return diffusion.glide27_timesteps(self.config.T)

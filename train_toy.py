@@ -632,11 +632,12 @@ def best_errors(alphabar, worlds, times):
     return torch.stack(low), torch.stack(high)
 
 
-def best_loss(model, weight, share, worlds):
-    """Bounds of the best mean loss, if it is weight[t] |x0 - x0_hat|^2 / d and the condition is
-    dropped in this share of the rows. weight (T+1,), worlds (C, K, d) -> (low, high)."""
-    T = model.config.T
-    times = [1 + (2 * i + 1) * T // 32 for i in range(16)]
+def best_loss(model, times, weight, share, worlds):
+    """Bounds of the best mean loss, if it is weight[t] |x0 - x0_hat|^2 / d at times such as these,
+    and the condition is dropped in this share of the rows.
+
+    times: ints in 1..T; weight (T+1,); worlds (C, K, d) -> (low, high)
+    """
     nothing = worlds[:, ::max(1, worlds.numel() // 2 ** 19)].flatten(0, 1)[None]         # (1, N, d)
     nothing = nothing[:, torch.randperm(nothing.shape[1])]
     told, untold = (best_errors(model.alphabar, w, times) for w in (worlds, nothing))
@@ -656,6 +657,8 @@ def expectation(name, model, data, batch):
         return f"from log({model.config.buckets}) = {math.log(model.config.buckets):.2f}, a guess"
     torch.manual_seed(0)
     ab = model.alphabar
+    times = decoder.training_times(model.config, 16).tolist() if name == "decoder" else \
+        diffusion.random_times(model.config.T, 16).tolist()
     if name == "diffusion_prior":
         start, weight = "0.289 (17.2^2 / 1024) is what predicting 0 gives", torch.ones(len(ab))
     else:                     # |eps - eps_hat|^2 = ab / (1 - ab) |x0 - x0_hat|^2, for the same x_t
@@ -675,11 +678,11 @@ def expectation(name, model, data, batch):
     x = render_many(drawn, 64)
     if name == "decoder":
         x = decoder.shrink(x, model.config.unet.size)
-        low, high = best_loss(model, weight, 0.05, x.flatten(1).unflatten(0, (-1, 32)))
-        return (f"{start}; the best possible is between {low:.2f} and {high:.2f} if z_i says what "
-                "captions say, less as it says more; the variational bound comes on top")
+        low, high = best_loss(model, times, weight, 0.05, x.flatten(1).unflatten(0, (-1, 32)))
+        return (f"{start}; the best possible is between {low:.3f} and {high:.3f} if z_i says "
+                "what captions say, less as it says more; the variational bound comes on top")
     z = data.encode(decoder.shrink(x, data.size).to(data.device))
-    low, high = best_loss(model, weight, 0.1, model.scale(z).unflatten(0, (-1, 32)).cpu())
+    low, high = best_loss(model, times, weight, 0.1, model.scale(z).unflatten(0, (-1, 32)).cpu())
     return f"{start}; the best possible is between {low:.3f} and {high:.3f}"
 
 
