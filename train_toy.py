@@ -665,7 +665,7 @@ def expectation(name, model, data, batch):
         start = "about 1 from a network that says 0"
         weight = ab / (1 - ab) * decoder.eps_weight(model.config, ab, torch.arange(len(ab)))
     if name.startswith("upsampler"):              # given the enlarged picture, off by v from x0
-        high, low = model.prepare(data.source.pictures([*range(4)], model.config.unet.size))
+        high, low = model.prepare(data.source.pictures([*range(4)], model.config.unet.size), 16)
         v = (decoder.enlarge(low, high.shape[2]) - high).square().mean()
         line = (weight * v * (1 - ab) / (ab * v + 1 - ab))[1:].mean()
         return (f"{start}; {line:.3f} by the best line from the enlarged small picture, less for "
