@@ -222,7 +222,7 @@ def analytic_var(alphabar, t, s, cov):
 def _draw(x, generator):
     """Noise like x, drawn where the generator lives: a seed means the same on every device."""
     device = "cpu" if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device).to(x)
+    return torch.randn(x.shape, generator=generator, device=device).to(x, non_blocking=True)
 
 
 @torch.no_grad()
@@ -270,6 +270,16 @@ def random_times(T, B):
     ones and the gradient less noise.   VDM (Kingma et al. 2021) app. I.1
     """
     return 1 + (T * (torch.arange(B) + torch.rand(B)) / B).long().clamp(max=T - 1)
+
+
+def drawn(draw, B, share=(0, 1)):
+    """The B rows of this process of what is drawn for a whole batch: draw(n) -> (n, ...).
+
+    share is (rank, processes). All draw for all, B * processes rows, and each takes its own: many
+    processes train on what one would have drawn.
+    """
+    rank, processes = share
+    return draw(B * processes).chunk(processes)[rank]
 
 
 def simple_loss(eps_hat, eps):

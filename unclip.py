@@ -19,6 +19,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import math
 import sys
@@ -29,6 +30,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import clip
@@ -189,6 +191,11 @@ class UnCLIP:
         stages = [self.config.decoder, self.config.upsampler1, self.config.upsampler2]
         return tuple(stage.unet.size for stage in stages if stage is not None)
 
+    @property
+    def context(self):
+        """L of a clip.Text, padding included; CLIP itself may read less (in the paper 77 of 256)."""
+        return self.config.decoder.context
+
     def unknown_words(self, captions):
         """The captions' words that no training caption had, in order; () if that is unknown."""
         known = set(self.words)
@@ -210,6 +217,7 @@ class UnCLIP:
         mask = clip.token_mask(tokens, self.tokenizer.end)                       # (B, L)
         with self.at_work("clip") as model:
             z_t, states = model.encode_text(tokens.to(self.device))
+        tokens, mask = (F.pad(x, (0, self.context - x.shape[1])) for x in (tokens, mask))
         return clip.Text(tokens.to(self.device), mask.to(self.device), z_t, states)
 
     @torch.no_grad()
@@ -227,8 +235,8 @@ class UnCLIP:
 
     def no_caption(self, B):
         """B rows of a clip.Text that says nothing, for pictures drawn from an embedding alone."""
-        c, tokens = self.config.clip, torch.zeros(B, self.config.clip.context, dtype=torch.long)
-        text = clip.Text(tokens, tokens.bool(), torch.zeros(B, c.embed_dim), torch.zeros(B, 0))
+        D, tokens = self.config.clip.embed_dim, torch.zeros(B, self.context, dtype=torch.long)
+        text = clip.Text(tokens, tokens.bool(), torch.zeros(B, D), torch.zeros(B, 0))
         text = clip.Text(*(x.to(self.device) for x in text))
         return self.null(text) or text
 
@@ -603,6 +611,32 @@ def save_grid(pictures, path, columns):
         beside.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {error}; is the folder there, does the name end in "
                       ".png?") from None
+
+
+# ---------------------------------------------------------------- speed
+# What trades memory for time, or time for a compiler, is switched here; numbers are in the README.
+
+
+def autocast(device, dtype):
+    """Weights stay in float32, products are computed in `dtype`; with float32 nothing happens."""
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
+def recompute(part):
+    """Activation checkpointing: of each block keep the input, compute the rest again on the way back.
+
+    Training of a part then needs less memory and about a third more time.
+    """
+    for block in part.modules():
+        if isinstance(block, (clip.Block, decoder.ResBlock, decoder.Attention)):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks(part):
+    """torch.compile, a Transformer block or a whole U-Net at a time."""
+    for module in part.modules():
+        if isinstance(module, (clip.Block, decoder.UNet)):
+            module.compile()
 
 
 # ---------------------------------------------------------------- benchmark

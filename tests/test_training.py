@@ -26,7 +26,7 @@ WEIGHTS = ROOT / "weights/toy.pt"
 @pytest.fixture(scope="module")
 def world():
     """A small training set, and a stack of the toy's sizes that fits it."""
-    args = argparse.Namespace(data=None, groups=100, seed=0, device="cpu")
+    args = argparse.Namespace(preset="toy", data=None, groups=100, seed=0, device="cpu", vocab=None)
     return train_toy.set_up(args)
 
 
