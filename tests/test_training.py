@@ -17,6 +17,7 @@ from PIL import Image
 
 import clip
 import train_toy
+import two_processes
 import unclip
 
 ROOT = Path(unclip.__file__).parent
@@ -192,6 +193,67 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(finished, tmp_pa
     for part in one:
         for key, w in one[part].items():
             assert torch.equal(w, other[part][key]), f"{part}.{key} differs"
+
+
+def torchrun(script, *options):
+    """A script in two processes that work together."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(script), *options], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def by_one_and_two(tmp_path_factory):
+    file = tmp_path_factory.mktemp("two") / "result.pt"
+    process = torchrun(ROOT / "tests/two_processes.py", str(file))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_toy, "READ_EVERY", 20)
+        one = two_processes.train_all((0, 1))
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    return one, torch.load(file)
+
+
+@pytest.mark.parametrize("case", [*train_toy.STAGES, "decoder by Muon"])
+def test_two_processes_lose_what_one_loses_with_the_same_batch(by_one_and_two, case):
+    """Shards, clipping, averages, the contrastive loss over the whole batch, all draws: the same."""
+    one, two = by_one_and_two
+    if case == "upsampler2":                      # its BSR damage is drawn by each for itself
+        assert two[case] == pytest.approx(one[case], rel=0.1)
+        return
+    assert two[case] == pytest.approx(one[case], rel=1e-4 if "Muon" in case else 1e-5)   # bf16
+    far = [(w - two[f"{case} weights"][key]).abs().max() for key, w in one[f"{case} weights"].items()]
+    moved = train_toy.STAGES[case.split()[0]].lr * two_processes.STEPS
+    assert max(far) < moved, "further apart than these steps can move anything"
+
+
+@pytest.mark.parametrize("case", [*train_toy.STAGES, "decoder by Muon"])
+def test_two_processes_resume_to_the_same_weights(by_one_and_two, case):
+    _, two = by_one_and_two
+    assert two[case] == two[f"{case} resumed"]
+    for key, w in two[f"{case} weights"].items():
+        assert torch.equal(w, two[f"{case} weights resumed"][key]), f"{key} differs"
+
+
+def test_torchrun_trains_is_killed_and_resumes(finished, tmp_path):
+    """As a user would start it; the losses are those of the run by one process."""
+    command = ROOT / "train_toy.py", *TINY, "--only", "decoder", "--out", str(tmp_path)
+    process = torchrun(*command)
+    while process.poll() is None and not (tmp_path / "decoder-1/.metadata").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert list(state["done"]) == ["clip"], "it was to be killed while the decoder trains"
+    process = torchrun(*command, "--resume")
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    one, two = (torch.load(p / "state.pt", weights_only=True)["losses"]
+                for p in (finished, tmp_path))
+    for name in ("clip", "decoder"):              # Muon computes in bfloat16, which rounds
+        assert two[name] == pytest.approx(one[name], rel=2e-3), name
+    assert unclip.load(tmp_path / "toy.pt").parts["decoder"] and not list(tmp_path.glob("*-*"))
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(finished, command):
