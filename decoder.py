@@ -224,14 +224,13 @@ class DecoderConfig:
 
 
 def to_eps(config, alphabar, out, x_t, t):
-    """What a U-Net says, (B, 3 or 6, H, W), with eps in front; t an int, or (B,) on any device.
+    """What a U-Net says, (B, 3 or 6, H, W), with eps in front.
 
     As it is; or, with config.velocity, from velocity, which is the same thing said differently: a
     small network, trained for minutes, spends most of them on copying the noise to the last digit.
     """
     if not config.velocity:
         return out
-    t = t.cpu() if torch.is_tensor(t) else t                 # where the table is
     eps = diffusion.eps_from_velocity(alphabar, x_t, t, out[:, :3])
     return torch.cat([eps, out[:, 3:]], dim=1)
 
@@ -300,9 +299,9 @@ class Decoder(nn.Module):
         return emb, self.unet.keys_values(context), mask
 
     def forward(self, x_t, index, z_i, text):
-        """x_t (B, 3, H, W), index (B,) = t - 1 -> eps and v (B, 6, H, W)."""
-        out = self.unet(x_t, index, *self.condition(z_i, text))
-        return to_eps(self.config, self.alphabar, out, x_t, index + 1)
+        """x_t (B, 3, H, W), index (B,) = t - 1, best on the CPU -> eps and v (B, 6, H, W)."""
+        out = self.unet(x_t, index.to(x_t.device, non_blocking=True), *self.condition(z_i, text))
+        return to_eps(self.config, self.alphabar, out, x_t, index.cpu() + 1)
 
     def loss(self, x0, z_i, text, share=(0, 1)):
         """x0 (B, 3, H, W) in [-1, 1] -> (B,): IDDPM's hybrid loss.   Sec. 2.1
@@ -315,12 +314,12 @@ class Decoder(nn.Module):
         eps = diffusion.drawn(lambda n: torch.randn(n, *x0.shape[1:]), B, share)
         keep_image = diffusion.drawn(lambda n: torch.rand(n, 1), B, share) >= 0.1
         keep_text = diffusion.drawn(torch.rand, B, share) >= 0.5
-        index, eps, keep_image, keep_text, weight = (
+        eps, keep_image, keep_text, weight = (
             x.to(x0.device, non_blocking=True) for x in (
-                t - 1, eps, keep_image, keep_text, eps_weight(c, self.alphabar, t)))
+                eps, keep_image, keep_text, eps_weight(c, self.alphabar, t)))
         z_i = torch.where(keep_image, z_i, self.null_image)                    # (B, D)
         x_t = diffusion.q_sample(self.alphabar, x0, t, eps)
-        out = self(x_t, index, z_i, text.drop(keep_text)).float()              # (B, 6, H, W)
+        out = self(x_t, t - 1, z_i, text.drop(keep_text)).float()              # (B, 6, H, W)
         return diffusion.hybrid_loss(self.alphabar, out, x0, x_t, t, eps, weight)
 
     def denoiser(self, z_i, text, guidance=1.0, null=None):
@@ -592,8 +591,9 @@ class Upsampler(nn.Module):
     def forward(self, x_t, index, low):
         """x_t (B, 3, H, W), index (B,) = t - 1, low (B, 3, H / 4, W / 4) -> eps (and v)."""
         large = enlarge(low, x_t.shape[2]).to(x_t.dtype)                       # (B, 3, H, W)
-        out = self.unet(torch.cat([x_t, large], dim=1), index)                 # (B, out, H, W)
-        return to_eps(self.config, self.alphabar, out, x_t, index + 1)
+        out = self.unet(torch.cat([x_t, large], dim=1),
+                        index.to(x_t.device, non_blocking=True))               # (B, out, H, W)
+        return to_eps(self.config, self.alphabar, out, x_t, index.cpu() + 1)
 
     def prepare(self, high, crops=1, share=(0, 1)):
         """Whole pictures (B, 3, S, S) -> windows for training, each with its damaged small twin.
@@ -622,10 +622,10 @@ class Upsampler(nn.Module):
         B, c = len(x0), self.config
         t = diffusion.drawn(lambda n: diffusion.random_times(c.T, n), B, share)
         eps = diffusion.drawn(lambda n: torch.randn(n, *x0.shape[1:]), B, share)
-        index, eps, weight = (x.to(x0.device, non_blocking=True)
-                              for x in (t - 1, eps, eps_weight(c, self.alphabar, t)))
+        eps, weight = (x.to(x0.device, non_blocking=True)
+                       for x in (eps, eps_weight(c, self.alphabar, t)))
         x_t = diffusion.q_sample(self.alphabar, x0, t, eps)
-        out = self(x_t, index, low).float()
+        out = self(x_t, t - 1, low).float()
         if out.shape[1] == 3:
             return weight * diffusion.simple_loss(out, eps)
         return diffusion.hybrid_loss(self.alphabar, out, x0, x_t, t, eps, weight)

@@ -19,17 +19,22 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import argparse
 import contextlib
 import copy
+import datetime
 import functools
 import json
 import math
+import platform
 import sys
 import time
+import weakref
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -525,7 +530,7 @@ def load(path, device="cpu", dtype=torch.float32, clip_path=None, low_memory=Fal
                              f"{first}") from None
         for p in part.parameters():
             p.data = p.data.to(dtype)
-        part.to(device)
+        channels_last(part.to(device))
     return model
 
 
@@ -622,6 +627,14 @@ def autocast(device, dtype):
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
+def channels_last(part):
+    """Convolutions' weights in the order of memory that a U-Net's pictures have.
+
+    In the other order every call puts them into this one again.
+    """
+    return part.to(memory_format=torch.channels_last)
+
+
 def recompute(part):
     """Activation checkpointing: of each block keep the input, compute the rest again on the way back.
 
@@ -664,6 +677,9 @@ def sampling_work(name, part, s, B, device, dtype):
         return lambda: denoise(x, t), s.upsampler_steps[int(name[-1]) - 1]
     if name == "ar_prior":
         text = random_text(c, B, device, dtype)
+        if torch.device(device).type == "meta":          # all codes at once: as much work, counted
+            codes = torch.zeros(B, c.components, dtype=torch.long, device=device)    # in no time
+            return lambda: part(codes, codes[:, 0], text), 1
         return lambda: part.sample(text, guidance=s.prior_guidance), 1
     if name == "diffusion_prior":
         text = random_text(c, B * s.candidates, device, dtype)
@@ -676,16 +692,15 @@ def sampling_work(name, part, s, B, device, dtype):
     return lambda: denoise(x, t), s.decoder_steps
 
 
-def training_work(name, part, B, device, dtype):
-    """-> do one step of training: loss, gradients, AdamW.  bf16 and fp16 run as autocast."""
-    c, opt = part.config, torch.optim.AdamW(part.parameters(), 1e-4, fused=True)
+def training_loss(name, part, B, device):
+    """-> the mean loss of a batch of B, as a function, for a part of a stack."""
+    c = part.config
     if name == "clip":
         images = torch.rand(B, 3, c.image_size, c.image_size, device=device) * 2 - 1
         tokens = torch.randint(c.vocab_size, (B, c.context), device=device)
 
         def loss():
-            z_i, z_t = part.encode_image(images), part.encode_text(tokens)[0]
-            return clip.clip_loss(clip.unit(z_i.float()), clip.unit(z_t.float()), part.scale())
+            return clip.clip_loss(*part(images, tokens), part.scale())
     elif name.startswith("upsampler"):
         side = c.unet.size // 4                                          # crops of a quarter
         high = torch.rand(B, 3, side, side, device=device) * 2 - 1
@@ -702,14 +717,76 @@ def training_work(name, part, B, device, dtype):
         def loss():
             return part.loss(*more).mean()
 
+    return loss
+
+
+def training_step(part, loss, device, dtype):
+    """-> do what train_toy.train does in a step: loss, gradients, clipping, AdamW, average."""
+    weights = list(part.parameters())
+    opt = torch.optim.AdamW(weights, 1e-4, fused=True)
+    ema = [w.detach().clone() for w in weights]
+
     def step():
-        opt.zero_grad(set_to_none=True)
-        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+        opt.zero_grad()
+        with autocast(device, dtype):
             value = loss()
         value.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         opt.step()
+        torch._foreach_lerp_(ema, [w.detach() for w in weights], 1e-4)
 
     return step
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations made and that still live, and their peak."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {w.untyped_storage()._cdata for w in part.state_dict().values()}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for x in tree_iter(out):
+            if torch.is_tensor(x) and x.is_meta and x.untyped_storage()._cdata not in self.known:
+                storage = x.untyped_storage()
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        return out
+
+    def gone(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+def count(name, kind, config, args, dtype):
+    """What a stage takes, counted on the meta device, where nothing is computed.
+
+    -> its parameters, FLOPs of a step, steps, bytes at the peak. The bytes are an upper bound:
+    matrices of attention are counted, which fast kernels never keep; in training all is float32.
+    """
+    with torch.device("meta"):
+        part = kind(config)
+    size = sum(w.numel() for w in part.parameters())
+    if args.train:
+        if args.recompute:
+            recompute(part)
+        loss, steps = training_loss(name, part.train(), args.batch, "meta"), 1
+
+        def step():
+            loss().backward()                        # makes the gradients, 4 bytes a parameter
+        held = 16 * size                             # weights, Adam's two averages, ours
+    else:
+        step, steps = sampling_work(name, part.eval().to(dtype), PRESETS[args.preset].sampling,
+                                    args.batch, "meta", dtype)
+        held = size * torch.empty((), dtype=dtype).element_size()
+    with torch.set_grad_enabled(args.train):
+        with LiveBytes(part) as live, FlopCounterMode(display=False) as counter:
+            step()
+    return size, counter.get_total_flops(), steps, held, held + live.peak
 
 
 def seconds_of(step, device, limit, most):
@@ -740,6 +817,7 @@ def matmul_ceiling(device, dtype):
 def free_memory(device):
     """Bytes that can still be had."""
     if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -753,57 +831,76 @@ def peak_memory(device):
 
 
 def benchmark_stage(name, kind, config, args, device, dtype):
-    """One row of the table, a dict; {"note": ...} instead of times if it would not fit."""
-    with torch.device("meta"):
-        count = sum(w.numel() for w in kind(config).parameters())
-    row = {"stage": name, "parameters": count, "note": ""}
-    # sampling: the weights; training: float32 weights, gradients and Adam's two averages
-    need = count * (16 if args.train else torch.empty((), dtype=dtype).element_size())
-    if 1.1 * need > free_memory(device):
-        return row | {"note": f"does not fit: the weights alone take {need / 1e9:.1f} GB, "
+    """One row of the table, a dict; a note instead of times if it would not fit."""
+    size, flops, steps, held, needs = count(name, kind, config, args, dtype)
+    row = {"stage": name, "parameters": size, "steps": steps, "FLOPs": flops * steps,
+           "needs": needs, "note": ""}
+    if torch.device(device).type == "meta":
+        return row
+    if 1.1 * held > free_memory(device):
+        return row | {"note": f"does not fit: the weights alone take {held / 1e9:.1f} GB, "
                               f"{free_memory(device) / 1e9:.1f} GB are free"}
+    if needs > free_memory(device):
+        row["note"] = f"may not fit: {free_memory(device) / 1e9:.1f} GB are free"
     with torch.device(device):
         part = kind(config)
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    if args.train:
-        step, steps = training_work(name, part.train(), args.batch, device, dtype), 1
-    else:
-        step, steps = sampling_work(name, part.eval().to(dtype), PRESETS[args.preset].sampling,
-                                    args.batch, device, dtype)
+    channels_last(part)
+    if args.recompute:
+        recompute(part)
     if args.compile:
-        for module in part.modules():
-            if isinstance(module, (clip.Block, decoder.UNet)):
-                module.compile()
+        compile_blocks(part)
     with torch.set_grad_enabled(args.train):
-        with FlopCounterMode(display=False) as counter:
-            step()                                       # also warms up, and compiles
-        seconds = seconds_of(step, device, args.limit_seconds, max(3, steps))
-    flops = counter.get_total_flops()
-    return row | {"steps": steps, "seconds": seconds * steps, "FLOPs": flops * steps,
-                  "FLOP/s": flops / seconds, "peak": peak_memory(device)}
+        try:
+            if args.train:
+                loss = training_loss(name, part.train(), args.batch, device)
+                step = training_step(part, loss, device, dtype)
+            else:
+                step, _ = sampling_work(name, part.eval().to(dtype),
+                                        PRESETS[args.preset].sampling, args.batch, device, dtype)
+            step()                                       # warms up, and compiles
+            seconds = seconds_of(step, device, args.limit_seconds, max(3, steps))
+        except torch.OutOfMemoryError:
+            return row | {"note": "did not fit: out of memory"}
+    return row | {"seconds": seconds * steps, "FLOP/s": flops / seconds,
+                  "peak": peak_memory(device), "note": ""}
+
+
+def machine(device):
+    """What is measured on: the name of the GPU, or of the processor."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    about = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in about.read_text().splitlines()
+             if line.startswith("model name")] if about.exists() else []
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def run_benchmark(args):
+    """A table of all stages. --device meta counts only, anywhere, without GPU or memory."""
     device, dtype = pick_device(args.device), DTYPES[args.dtype]
-    ceiling, rows = matmul_ceiling(device, dtype), []
-    print(f"{args.preset}, batch {args.batch}, {device}, {args.dtype}, torch {torch.__version__}: "
-          f"{'training steps' if args.train else 'sampling'}; a large matrix product runs at "
-          f"{ceiling / 1e12:.3g} TFLOP/s")
-    line = "{:<16} {:>9} {:>6} {:>10} {:>9} {:>9} {:>8} {:>8}"
-    print(line.format("stage", "M params", "steps", "GFLOP", "seconds", "TFLOP/s", "share",
-                      "peak GB"))
+    ceiling, rows = None if device.type == "meta" else matmul_ceiling(device, dtype), []
+    today, where = datetime.date.today().isoformat(), machine(device)
+    print(f"{args.preset}, batch {args.batch}, {device}, {args.dtype}, "
+          f"{'training steps' if args.train else 'sampling'}; {where}, torch {torch.__version__}, "
+          f"{today}" + (f"; a large matrix product runs at {ceiling / 1e12:.3g} TFLOP/s"
+                        if ceiling else "; counted, not run"))
+    line = "{:<16} {:>9} {:>6} {:>10} {:>9} {:>9} {:>9} {:>8} {:>8}"
+    print(line.format("stage", "M params", "steps", "GFLOP", "needs GB", "seconds", "TFLOP/s",
+                      "share", "peak GB"))
     for name, kind in PARTS.items():
         config = getattr(PRESETS[args.preset], name)
         if config is None:
             continue
         row = benchmark_stage(name, kind, config, args, device, dtype)
         rows.append(row)
-        print(f"{name:<16} {row['parameters'] / 1e6:>9.1f} {row['note']}" if row["note"] else
-              line.format(name, f"{row['parameters'] / 1e6:.1f}", row["steps"],
-                          f"{row['FLOPs'] / 1e9:.4g}", f"{row['seconds']:.3g}",
-                          f"{row['FLOP/s'] / 1e12:.3g}", f"{row['FLOP/s'] / ceiling:.0%}",
-                          f"{row['peak'] / 1e9:.2f}"), flush=True)
+        measured = ([f"{row['seconds']:.3g}", f"{row['FLOP/s'] / 1e12:.3g}",
+                     f"{row['FLOP/s'] / ceiling:.0%}", f"{row['peak'] / 1e9:.2f}"]
+                    if "seconds" in row else [""] * 4)
+        print(line.format(name, f"{row['parameters'] / 1e6:.1f}", row["steps"],
+                          f"{row['FLOPs'] / 1e9:.0f}", f"{row['needs'] / 1e9:.2f}", *measured)
+              + row["note"], flush=True)
     used = [row for row in rows if "seconds" in row and row["stage"] != "ar_prior"]
     total = sum(row["seconds"] for row in used)
     if not args.train and len(used) == len([r for r in rows if r["stage"] != "ar_prior"]):
@@ -812,6 +909,7 @@ def run_benchmark(args):
     if args.json:
         Path(args.json).write_text(json.dumps({
             "preset": args.preset, "batch": args.batch, "device": str(device), "dtype": args.dtype,
+            "machine": where, "date": today, "recompute": args.recompute,
             "torch": torch.__version__, "train": args.train, "compile": args.compile,
             "ceiling FLOP/s": ceiling, "stages": rows, "total seconds": total}, indent=1) + "\n")
 
@@ -993,12 +1091,13 @@ def main(argv=None):
     sub = commands.add_parser("benchmark", help="how fast is each stage, and does it fit?",
                               formatter_class=formatter, allow_abbrev=False)
     sub.add_argument("--preset", choices=PRESETS, default="toy")
-    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps; meta: count, do not run")
     sub.add_argument("--dtype", default="fp32", choices=DTYPES,
                      help="of the weights; in training, of autocast")
     sub.add_argument("--batch", type=positive, default=1, metavar="N")
     sub.add_argument("--train", action="store_true", help="steps of training instead of sampling")
     sub.add_argument("--compile", action="store_true", help="with torch.compile")
+    sub.add_argument("--recompute", action="store_true", help="with activation checkpointing")
     sub.add_argument("--limit-seconds", type=float, default=20.0, metavar="S",
                      help="for each stage: measure a few steps and scale")
     sub.add_argument("--json", metavar="PATH", help="write the table there too")
