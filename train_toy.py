@@ -585,6 +585,7 @@ PAPER_STAGES = {
     "upsampler2": Stage(steps=1_000_000, batch=512, lr=1e-4, ema=0.9999, warmup=0, cosine=False),
 }
 RECIPES = {"toy": STAGES, "paper": PAPER_STAGES}
+SAVE_SECONDS = {"toy": 20.0, "paper": 1800.0}     # the paper's decoder writes 56 GB each time
 
 
 def optimizers(model, stage):
@@ -883,7 +884,8 @@ def run(args):
                 shard(part)
                 state["current"] = saved_shards(out, name) if args.resume else {}
                 save = functools.partial(save_shards, state, out, name)
-            train(name, stage, part, data, args.seed, state["current"], save, args.save_seconds,
+            train(name, stage, part, data, args.seed, state["current"], save,
+                  SAVE_SECONDS[args.preset] if args.save_seconds is None else args.save_seconds,
                   args.sam if name == "clip" else 0.0, unclip.DTYPES[args.dtype], share)
             if processes > 1 or args.recompute or args.compile:        # a plain part goes on
                 weights = whole(part)
@@ -1647,8 +1649,8 @@ def main(argv=None):
                help="groups of four scenes in the toy world's training set")
         option("--sam", type=float, default=0.0, metavar="RHO",
                help="train CLIP with sharpness-aware steps, as the paper did (0.1)")
-        option("--save-seconds", type=float, default=20.0, metavar="S",
-               help="how often to save what --resume needs")
+        option("--save-seconds", type=float, metavar="S", help="how often to save what --resume "
+               "needs (default: every 20 s; with --preset paper every half hour)")
     args = parser.parse_args(argv if command == "train" else argv[1:])
     unclip.stop_on_error(COMMANDS.get(command, run), args)
 

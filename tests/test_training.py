@@ -283,6 +283,54 @@ def test_your_own_pictures_train_it_too(tmp_path, command):
     assert unclip.load(tmp_path / "run/toy.pt").words
 
 
+def small_paper():
+    """The paper's preset, narrow: CLIP reads 24 tokens, the others 32; dropout; no velocity."""
+    config = unclip.toy()
+    config.name = "paper"
+    config.clip = replace(config.clip, context=24)
+    for name in ("diffusion_prior", "ar_prior", "decoder"):
+        setattr(config, name, replace(getattr(config, name), context=32))
+    for name in ("decoder", "upsampler1", "upsampler2"):
+        setattr(config, name, replace(getattr(config, name), velocity=False))
+    config.decoder.unet = replace(config.decoder.unet, dropout=0.1)
+    config.sampling = unclip.Sampling(prior_steps=2, decoder_steps=2, upsampler_steps=(2, 2))
+    return config
+
+
+def test_the_papers_preset_trains_by_the_same_loop(tmp_path, command, monkeypatch):
+    """Its settings, in bfloat16 and recomputing; then one part over the CLIP that is there."""
+    monkeypatch.setitem(unclip.PRESETS, "paper", small_paper())
+    options = ["--preset", "paper", "--groups", "40", "--batch", "8", "--steps-scale", "1e-9",
+               "--dtype", "bf16", "--recompute", "--out", str(tmp_path)]
+    said, code = command(*options, "--only", "clip")
+    assert code == 0, said
+    clip_losses = torch.load(tmp_path / "state.pt", weights_only=True)["losses"]["clip"]
+    said, code = command(*options, "--resume", "--only", "decoder", "diffusion_prior")
+    assert code == 0 and "clip:" not in said, said
+    losses = torch.load(tmp_path / "state.pt", weights_only=True)["losses"]
+    assert losses["clip"] == clip_losses and len(losses["decoder"]) == 2
+    model = unclip.load(tmp_path / "paper.pt")
+    assert model.config.name == "paper" and model.context == 32 and model.parts["ar_prior"] is None
+    x = model.sample(["a red circle"], generator=torch.Generator().manual_seed(0), progress=False)
+    assert x.isfinite().all()
+    said, code = command(*options[:-5], "--out", str(tmp_path), "--resume")
+    assert code == 2 and "another --out" in said, "bf16 is a setting of the run"
+
+
+TABLE_3 = {"ar_prior": (4096, 1_000_000, 1.6e-4, 4e-2, 0.91, 1e-10, 0.999),
+           "diffusion_prior": (4096, 600_000, 1.1e-4, 6e-2, 0.96, 1e-6, 0.9999),
+           "decoder": (2048, 800_000, 1.2e-4, 0, 0.999, 1e-8, 0.9999),
+           "upsampler1": (1024, 1_000_000, 1.2e-4, 0, 0.999, 1e-8, 0.9999),
+           "upsampler2": (512, 1_000_000, 1.0e-4, 0, 0.999, 1e-8, 0.9999)}
+
+
+@pytest.mark.parametrize("name", TABLE_3)
+def test_the_papers_stages_are_those_of_its_table_3(name):
+    s = train_toy.RECIPES["paper"][name]
+    assert (s.batch, s.steps, s.lr, s.weight_decay, s.beta2, s.eps, s.ema) == TABLE_3[name]
+    assert not s.muon and not s.cosine, "Adam, at a constant rate"
+
+
 @pytest.mark.parametrize("content", [None, "empty", "no captions"])
 def test_a_folder_without_pairs_is_one_sentence_and_exit_status_2(tmp_path, command, content):
     folder = tmp_path / "data"

@@ -406,6 +406,54 @@ def test_the_benchmark_measures_every_stage(command, monkeypatch, options):
     assert content["stages"][3]["steps"] == (1 if "--train" in options else 3)
 
 
+@pytest.mark.parametrize("options", [[], ["--train", "--recompute"]])
+def test_the_benchmark_counts_the_papers_size_without_a_gpu(command, options):
+    """On meta nothing can be copied back to the CPU: a step that waited for the GPU would fail."""
+    status, said, _ = command(unclip.main, "benchmark", "--preset", "paper", "--device", "meta",
+                              "--dtype", "bf16", "--json", "count.json", *options)
+    assert status == 0 and "counted, not run" in said
+    rows = json.loads(Path("count.json").read_text())["stages"]
+    assert [row["stage"] for row in rows] == list(unclip.PARTS) and "seconds" not in rows[0]
+    for row in rows:                              # bf16; or weights, gradients, Adam, average
+        assert row["needs"] > row["parameters"] * (20 if options else 2)
+    decoder_row = rows[3]
+    if not options:                               # 3.03 TFLOP for both halves of guidance
+        assert decoder_row["FLOPs"] == pytest.approx(250 * 3.03e12, rel=0.01)
+
+
+def test_bytes_alive_are_counted_by_hand():
+    """y = w x of (1000, 8) float32 lives, a copy of it came and went."""
+    with torch.device("meta"):
+        part, x = torch.nn.Linear(4, 8, bias=False), torch.empty(1000, 4)
+    with torch.no_grad(), unclip.LiveBytes(part) as live:
+        y = part(x)
+        y.clone()
+    assert (live.now, live.peak) == (32_000, 64_000) and y.shape == (1000, 8)
+
+
+@pytest.mark.parametrize("name", ["clip", "diffusion_prior", "ar_prior", "decoder", "upsampler1"])
+def test_recomputing_gives_the_same_gradients_and_keeps_less(name):
+    """Bytes that live after the way there, counted on meta; gradients compared on the CPU."""
+    kept, grads = [], []
+    for again in (False, True):
+        with torch.device("meta"):
+            part = unclip.PARTS[name](getattr(unclip.toy(), name))
+        if again:
+            unclip.recompute(part)
+        with unclip.LiveBytes(part) as live:
+            value = unclip.training_loss(name, part, 4, "meta")()
+            kept.append(live.now)
+        torch.manual_seed(0)
+        part = unclip.PARTS[name](getattr(unclip.toy(), name))
+        if again:
+            unclip.recompute(part)
+        value = unclip.training_loss(name, part, 4, "cpu")()
+        value.backward()
+        grads.append([w.grad for w in part.parameters()])
+    assert kept[1] < 0.6 * kept[0], f"{kept[1]} of {kept[0]} bytes are still kept"
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+
+
 def test_the_benchmark_says_what_would_not_fit(command, monkeypatch):
     monkeypatch.setattr(unclip, "free_memory", lambda device: 1e6)
     status, said, _ = command(unclip.main, "benchmark", "--preset", "paper")
