@@ -875,6 +875,8 @@ def run(args):
             print(f"{name}: {sum(w.numel() for w in part.parameters()) / 1e6:.2f} M parameters, "
                   f"{stage.steps} steps of {stage.batch}; loss: "
                   f"{expectation(name, part, data, stage.batch)}", flush=True)
+            if not stage.muon and processes == 1:      # Muon and FSDP want the usual order
+                unclip.channels_last(part)
             if args.recompute:
                 unclip.recompute(part)
             if args.compile:
@@ -908,7 +910,7 @@ def run(args):
         model.parts[name] = part
         if name == "clip":
             data.embed(part)
-        part.load_state_dict(state["done"][name], assign=True)     # off the GPU: the next needs room
+        part.load_state_dict(state["done"][name], assign=True)   # off the GPU: the next needs room
         if rank == 0 and model.parts["decoder"] is not None:
             draw_samples(model, data, out / f"{name}.png")
     model.seconds = state["seconds"]

@@ -623,20 +623,24 @@ def save_grid(pictures, path, columns):
 
 
 def autocast(device, dtype):
-    """Weights stay in float32, products are computed in `dtype`; with float32 nothing happens."""
+    """Weights stay in float32, products are computed in `dtype`; with float32 nothing happens.
+
+    For GPUs: on a CPU without bf16 units a toy step takes 5 to 15 % longer.
+    """
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
 def channels_last(part):
     """Convolutions' weights in the order of memory that a U-Net's pictures have.
 
-    In the other order every call puts them into this one again.
+    In the other order every call puts them into this one again: forward and backward of a U-Net of
+    64 channels took 0.97 s so, and 0.74 s with this (one CPU thread, tests/compare_speed.py's).
     """
     return part.to(memory_format=torch.channels_last)
 
 
 def recompute(part):
-    """Activation checkpointing: of each block keep the input, compute the rest again on the way back.
+    """Activation checkpointing: keep each block's input alone, and compute the rest once more.
 
     Training of a part then needs less memory and about a third more time.
     """
@@ -646,7 +650,10 @@ def recompute(part):
 
 
 def compile_blocks(part):
-    """torch.compile, a Transformer block or a whole U-Net at a time."""
+    """torch.compile, a Transformer block or a whole U-Net at a time.
+
+    On a CPU a toy step gains 5 % or nothing, and the first one takes a minute: off by default.
+    """
     for module in part.modules():
         if isinstance(module, (clip.Block, decoder.UNet)):
             module.compile()

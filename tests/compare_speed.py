@@ -4,7 +4,8 @@
 
 The U-Net against the same weights in ADM's and GLIDE's layout, written plainly: contiguous tensors,
 q, k, v and the context's keys and values each computed where they are used, attention as a matrix
-and a softmax, SiLU of the time embedding in every block. Both are checked to say the same. And the
+and a softmax, SiLU of the time embedding in every block. Both are checked to say the same. Then the
+switches of unclip.py, on a step of training of the toy's decoder and diffusion prior; and the
 autoregressive prior with its cache against without.
 """
 import argparse
@@ -140,6 +141,40 @@ def compare_unet(config, B, runs):
     return sample, train
 
 
+def compare_switches(name, runs):
+    """-> {switch: median seconds of a step of training}."""
+    ways = {}
+    for switch in ("none", "recompute", "bf16", "compile", "AdamW and average not foreach"):
+        torch.manual_seed(0)
+        part = unclip.channels_last(unclip.PARTS[name](getattr(unclip.toy(), name)).train())
+        if switch == "recompute":
+            unclip.recompute(part)
+        if switch == "compile":
+            unclip.compile_blocks(part)
+        dtype = torch.bfloat16 if switch == "bf16" else torch.float32
+        loss = unclip.training_loss(name, part, 16, "cpu")
+        ways[switch] = (one_by_one(part, loss) if "foreach" in switch else
+                        unclip.training_step(part, loss, "cpu", dtype))
+    return medians(ways, runs)
+
+
+def one_by_one(part, loss):
+    """`unclip.training_step` with a loop over the weights in each of its last three lines."""
+    weights = list(part.parameters())
+    opt = torch.optim.AdamW(weights, 1e-4, foreach=False)
+    ema = [w.detach().clone() for w in weights]
+
+    def step():
+        opt.zero_grad()
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=False)
+        opt.step()
+        for average, w in zip(ema, weights):
+            average.lerp_(w.detach(), 1e-4)
+
+    return step
+
+
 def ar_config():
     """320 positions after z_t, as in the paper; narrow, so that a CPU can do without the cache."""
     return prior.ARPriorConfig(components=319, buckets=1024, text_width=256, width=256, layers=2,
@@ -162,6 +197,10 @@ def main():
             print(f"U-Net, {name}, batch {B}, {what}: {seconds['ours']:.3f} s, plain "
                   f"{seconds['plain']:.3f} s, {seconds['plain'] / seconds['ours']:.2f} times "
                   "as fast", flush=True)
+    for name in ("decoder", "diffusion_prior"):
+        seconds = compare_switches(name, runs)
+        print(f"step of training, toy {name}, batch 16: " + ", ".join(
+            f"{switch} {value:.3f} s" for switch, value in seconds.items()), flush=True)
     part = prior.ARPrior(ar_config()).eval()
     for B in (1, 4):
         text = unclip.random_text(part.config, B, "cpu", torch.float32)

@@ -19,7 +19,8 @@ def draw(device, dtype=torch.float32, **options):
     model = unclip.load(unclip.HERE / "weights/toy.pt", device, dtype)
     text = model.encode_text(CAPTIONS)
     z_i = model.embed(text, generator=torch.Generator().manual_seed(0))
-    return model.draw(z_i, text, generator=torch.Generator().manual_seed(1), **options).cpu().float()
+    x = model.draw(z_i, text, generator=torch.Generator().manual_seed(1), **options)
+    return x.cpu().float()
 
 
 @pytest.fixture(autouse=True)
