@@ -853,9 +853,17 @@ def run(args):
              "seconds": {}}
     if args.resume:
         state = unclip.read_checkpoint(file, "unclip run 1")
-        if usual | state["about"] != about:
+        before = usual | state["about"]
+        halfway = bool(state["current"]) or any(saved_shards(out, name) for name in STAGES
+                                                if name not in state["done"])
+        free = () if halfway else ("batch", "dtype", "spread")      # each part may have its own
+        if any(before[key] != about[key] for key in about if key not in free):
             raise ValueError(f"{file} is of a run with {state['about']}, got {about}; resume with "
                              "the settings it began with, or choose another --out")
+        if before != about:
+            state["about"] = about
+            if rank == 0:
+                unclip.save_atomically(state, file)
     elif file.exists():
         raise ValueError(f"{out} holds a run already; go on with --resume, or choose another --out")
     model, data = set_up(args)

@@ -305,7 +305,8 @@ def test_the_papers_preset_trains_by_the_same_loop(tmp_path, command, monkeypatc
     said, code = command(*options, "--only", "clip")
     assert code == 0, said
     clip_losses = torch.load(tmp_path / "state.pt", weights_only=True)["losses"]["clip"]
-    said, code = command(*options, "--resume", "--only", "decoder", "diffusion_prior")
+    said, code = command(*options, "--resume", "--only", "decoder", "diffusion_prior",
+                         "--batch", "4")
     assert code == 0 and "clip:" not in said, said
     losses = torch.load(tmp_path / "state.pt", weights_only=True)["losses"]
     assert losses["clip"] == clip_losses and len(losses["decoder"]) == 2
@@ -313,8 +314,10 @@ def test_the_papers_preset_trains_by_the_same_loop(tmp_path, command, monkeypatc
     assert model.config.name == "paper" and model.context == 32 and model.parts["ar_prior"] is None
     x = model.sample(["a red circle"], generator=torch.Generator().manual_seed(0), progress=False)
     assert x.isfinite().all()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.save(state | {"current": {"step": 1}}, tmp_path / "state.pt")            # as if stopped
     said, code = command(*options[:-5], "--out", str(tmp_path), "--resume")
-    assert code == 2 and "another --out" in said, "bf16 is a setting of the run"
+    assert code == 2 and "another --out" in said, "half of a part in bf16, half not"
 
 
 TABLE_3 = {"ar_prior": (4096, 1_000_000, 1.6e-4, 4e-2, 0.91, 1e-10, 0.999),
