@@ -496,7 +496,8 @@ class TextEncoder(nn.Module):
             x = block(x, causal=True)
         x = self.ln_out(x)
         at_end = (tokens == self.end).int().argmax(1)              # (B,)  the first end token
-        return x[torch.arange(len(x)), at_end] @ self.proj, x      # (B, D), (B, L, W)
+        rows = torch.arange(len(x), device=x.device)
+        return x[rows, at_end] @ self.proj, x                      # (B, D), (B, L, W)
 
 
 class CLIP(nn.Module):
@@ -509,6 +510,11 @@ class CLIP(nn.Module):
         self.text = TextEncoder(config) if config.text_layers else None
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))      # its exp is 14.29
 
+    def forward(self, images, tokens):
+        """Pairs (B, 3, S, S), (B, L) -> unit rows z_i, z_t (B, D): what the loss compares."""
+        z_i, z_t = self.encode_image(images), self.encode_text(tokens)[0]
+        return unit(z_i.float()), unit(z_t.float())
+
     def encode_image(self, images):
         """(B, 3, S, S) in [-1, 1], S = config.image_size -> (B, D), not normalised."""
         S = self.config.image_size
@@ -517,7 +523,7 @@ class CLIP(nn.Module):
         if images.shape[1:] != (3, S, S):
             raise ValueError(f"expected pictures (B, 3, {S}, {S}), got {tuple(images.shape)}; "
                              "use clip.preprocess")
-        mean, std = (torch.tensor(x).to(images).view(3, 1, 1)
+        mean, std = (torch.tensor(x).to(images, non_blocking=True).view(3, 1, 1)
                      for x in (self.config.pixel_mean, self.config.pixel_std))
         images = ((images + 1) / 2 - mean) / std
         return self.image(images.to(self.image.proj.dtype))

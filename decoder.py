@@ -306,25 +306,28 @@ class Decoder(nn.Module):
         return emb, self.unet.keys_values(context), mask
 
     def forward(self, x_t, index, z_i, text):
-        """x_t (B, 3, H, W), index (B,) = t - 1 -> eps and v (B, 6, H, W)."""
-        out = self.unet(x_t, index, *self.condition(z_i, text))
+        """x_t (B, 3, H, W), index (B,) = t - 1, best on the CPU -> eps and v (B, 6, H, W)."""
+        out = self.unet(x_t, index.to(x_t.device, non_blocking=True), *self.condition(z_i, text))
         return to_eps(self.config, self.alphabar, out, x_t, index.cpu() + 1)
 
-    def loss(self, x0, z_i, text):
+    def loss(self, x0, z_i, text, share=(0, 1)):
         """x0 (B, 3, H, W) in [-1, 1] -> (B,): IDDPM's hybrid loss.   Sec. 2.1
 
         z_i is dropped in 10 % of the rows, the caption in 50 %, one regardless of the other.
+        share: see `diffusion.drawn`.
         """
         B, c = len(x0), self.config
-        t = training_times(c, B)
-        eps = torch.randn(x0.shape).to(x0)
-        keep_image = (torch.rand(B, 1) >= 0.1).to(x0.device)
-        keep_text = (torch.rand(B) >= 0.5).to(x0.device)
+        t = diffusion.drawn(lambda n: training_times(c, n), B, share)
+        eps = diffusion.drawn(lambda n: torch.randn(n, *x0.shape[1:]), B, share)
+        keep_image = diffusion.drawn(lambda n: torch.rand(n, 1), B, share) >= 0.1
+        keep_text = diffusion.drawn(torch.rand, B, share) >= 0.5
+        eps, keep_image, keep_text, weight = (
+            x.to(x0.device, non_blocking=True) for x in (
+                eps, keep_image, keep_text, eps_weight(c, self.alphabar, t)))
         z_i = torch.where(keep_image, z_i, self.null_image)                    # (B, D)
         x_t = diffusion.q_sample(self.alphabar, x0, t, eps)
-        out = self(x_t, (t - 1).to(x0.device), z_i, text.drop(keep_text))      # (B, 6, H, W)
-        return diffusion.hybrid_loss(self.alphabar, out.float(), x0, x_t, t, eps,
-                                     eps_weight(c, self.alphabar, t).to(x0.device))
+        out = self(x_t, t - 1, z_i, text.drop(keep_text)).float()              # (B, 6, H, W)
+        return diffusion.hybrid_loss(self.alphabar, out, x0, x_t, t, eps, weight)
 
     def denoiser(self, z_i, text, guidance=1.0, null=None):
         """(x_t, t) -> eps and v. All that is constant over the steps is done here, once.
@@ -416,21 +419,22 @@ def enlarge(low, size):
     return F.interpolate(low.clamp(-1, 1), (size, size), mode="bicubic", antialias=True)
 
 
-def crop_pair(high, low, crop, generator=None):
+def crop_pair(high, low, crop, generator=None, share=(0, 1)):
     """One random window per example, cut from both pictures.   unCLIP app. C: a fourth of the side.
 
     high (B, 3, H, W), low (B, 3, h, w) with H = factor * h, and crop the side in high-res pixels
     -> (B, 3, crop, crop), (B, 3, crop / factor, crop / factor). The corner is drawn on the low-res
     grid, so both windows show the same thing. Damage low before cropping: no mirrored edges inside.
-    ValueError unless high is k times low, and crop a multiple of k that fits.
+    ValueError unless high is k times low, and crop a multiple of k that fits. share: see
+    `diffusion.drawn`.
     """
     factor, (h, w) = high.shape[2] // low.shape[2], low.shape[2:]
     side = crop // factor                                            # in low-res pixels
     if high.shape[2:] != (factor * h, factor * w) or crop % factor or side > min(h, w):
         raise ValueError(f"expected high = k * low and a crop that fits, a multiple of k; got "
                          f"{[*high.shape]}, {[*low.shape]}, {crop=}; change the crop")
-    top = torch.randint(h - side + 1, (len(high),), generator=generator).tolist()
-    left = torch.randint(w - side + 1, (len(high),), generator=generator).tolist()
+    top, left = (diffusion.drawn(lambda n: torch.randint(space + 1, (n,), generator=generator),
+                                 len(high), share).tolist() for space in (h - side, w - side))
 
     def cut(pictures, k):                                            # k pixels per low-res pixel
         return torch.stack([x[:, k * i:k * (i + side), k * j:k * (j + side)]
@@ -596,37 +600,43 @@ class Upsampler(nn.Module):
     def forward(self, x_t, index, low):
         """x_t (B, 3, H, W), index (B,) = t - 1, low (B, 3, H / 4, W / 4) -> eps (and v)."""
         large = enlarge(low, x_t.shape[2]).to(x_t.dtype)                       # (B, 3, H, W)
-        out = self.unet(torch.cat([x_t, large], dim=1), index)                 # (B, out, H, W)
+        out = self.unet(torch.cat([x_t, large], dim=1),
+                        index.to(x_t.device, non_blocking=True))               # (B, out, H, W)
         return to_eps(self.config, self.alphabar, out, x_t, index.cpu() + 1)
 
-    def prepare(self, high, crops=1):
+    def prepare(self, high, crops=1, share=(0, 1)):
         """Whole pictures (B, 3, S, S) -> windows for training, each with its damaged small twin.
 
         -> (B crops, 3, S / 4, S / 4), (B crops, 3, S / 16, S / 16). The whole picture is shrunk and
         damaged first and cropped then, so that windows have no edges of their own. The damage:
-        "bsr" is bsr_degrade (its rng seeded from torch's), "blur" a gaussian_blur, each picture's
-        with probability 1/2.
+        "bsr" is bsr_degrade (its rng seeded from torch's and the process's rank), "blur" a
+        gaussian_blur, each picture's with probability 1/2. share: see `diffusion.drawn`; only the
+        BSR damage, many draws in a row, is drawn by each process for itself.
         """
         S = self.config.unet.size
         if self.config.corruption == "bsr":
-            rng = np.random.default_rng(int(torch.randint(2 ** 31, ())))
+            rng = np.random.default_rng([int(torch.randint(2 ** 31, ())), share[0]])
             low = torch.stack([bsr_degrade(picture, rng) for picture in high])
         else:
             low = shrink(high, S // 4)                                         # (B, 3, S/4, S/4)
-            blurred = (torch.rand(len(low)) < 0.5).to(low.device)      # sampling gives sharp ones
+            blurred = diffusion.drawn(torch.rand, len(low), share) < 0.5     # sampling: sharp ones
+            blurred = blurred.to(low.device, non_blocking=True)
             low = torch.where(blurred[:, None, None, None], gaussian_blur(low), low)
-        return crop_pair(*(x.repeat_interleave(crops, dim=0) for x in (high, low)), S // 4)
+        return crop_pair(*(x.repeat_interleave(crops, dim=0) for x in (high, low)), S // 4,
+                         share=share)
 
-    def loss(self, x0, low):
+    def loss(self, x0, low, share=(0, 1)):
         """x0 (B, 3, S, S) in [-1, 1], low (B, 3, S / 4, S / 4) -> (B,): IDDPM's hybrid loss.
 
-        A network without v learns the simple loss.
+        A network without v learns the simple loss. share: see `diffusion.drawn`.
         """
-        t = diffusion.random_times(self.config.T, len(x0))
-        eps = torch.randn(x0.shape).to(x0)
+        B, c = len(x0), self.config
+        t = diffusion.drawn(lambda n: diffusion.random_times(c.T, n), B, share)
+        eps = diffusion.drawn(lambda n: torch.randn(n, *x0.shape[1:]), B, share)
+        eps, weight = (x.to(x0.device, non_blocking=True)
+                       for x in (eps, eps_weight(c, self.alphabar, t)))
         x_t = diffusion.q_sample(self.alphabar, x0, t, eps)
-        out = self(x_t, (t - 1).to(x0.device), low).float()
-        weight = eps_weight(self.config, self.alphabar, t).to(x0.device)       # (B,)
+        out = self(x_t, t - 1, low).float()
         if out.shape[1] == 3:
             return weight * diffusion.simple_loss(out, eps)
         return diffusion.hybrid_loss(self.alphabar, out, x0, x_t, t, eps, weight)

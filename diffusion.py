@@ -227,7 +227,7 @@ def analytic_var(alphabar, t, s, cov):
 def _draw(x, generator):
     """Noise like x, drawn where the generator lives: a seed means the same on every device."""
     device = "cpu" if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device).to(x)
+    return torch.randn(x.shape, generator=generator, device=device).to(x, non_blocking=True)
 
 
 @torch.no_grad()
@@ -286,6 +286,16 @@ def middle_times(T, B):
     """
     u = (torch.arange(B) + torch.rand(B)) / B
     return 1 + (T * torch.sigmoid(0.9 * torch.special.ndtri(u) - 0.1)).long().clamp(max=T - 1)
+
+
+def drawn(draw, B, share=(0, 1)):
+    """The B rows of this process of what is drawn for a whole batch: draw(n) -> (n, ...).
+
+    share is (rank, processes). All draw for all, B * processes rows, and each takes its own: many
+    processes train on what one would have drawn.
+    """
+    rank, processes = share
+    return draw(B * processes).chunk(processes)[rank]
 
 
 def simple_loss(eps_hat, eps):

@@ -122,17 +122,19 @@ class DiffusionPrior(nn.Module):
             x = block(x, mask)
         return self.out(self.ln_out(x[:, -1]))                                 # (B, D)
 
-    def loss(self, z_i, text):
+    def loss(self, z_i, text, share=(0, 1)):
         """z_i (B, D) -> (B,): squared error of the predicted z_i; 10 % dropped captions.   Sec. 2.2
 
         The mean over the D elements, in the scaled space. Expect 0.2889 (17.2^2 / 1024) from a
-        model that predicts 0.
+        model that predicts 0. share: see `diffusion.drawn`.
         """
         B, x0 = len(z_i), self.scale(z_i)
-        t, eps = diffusion.random_times(self.config.T, B), torch.randn(x0.shape)
-        keep = torch.rand(B) >= 0.1
-        x_t = diffusion.q_sample(self.alphabar, x0, t, eps.to(x0))
-        out = self(x_t, (t - 1).to(x0.device), text.drop(keep.to(x0.device)))  # (B, D)
+        t = diffusion.drawn(lambda n: diffusion.random_times(self.config.T, n), B, share)
+        eps = diffusion.drawn(lambda n: torch.randn(n, x0.shape[1]), B, share)
+        keep = diffusion.drawn(torch.rand, B, share) >= 0.1
+        x_t = diffusion.q_sample(self.alphabar, x0, t, eps.to(x0, non_blocking=True))
+        out = self(x_t, (t - 1).to(x0.device, non_blocking=True),
+                   text.drop(keep.to(x0.device, non_blocking=True)))           # (B, D)
         return (out.float() - x0).pow(2).mean(1)
 
     def denoiser(self, text, guidance=1.0, null=None):
@@ -330,13 +332,14 @@ class ARPrior(nn.Module):
         x = torch.cat([self.start(text.z_t, dot), codes], dim=1)               # (B, K + 1, W)
         return self.run(x, self.text(text.tokens, text.mask))[:, 1:]           # (B, K, buckets)
 
-    def loss(self, z_i, text):
+    def loss(self, z_i, text, share=(0, 1)):
         """z_i (B, D) -> (B,): mean cross-entropy of the codes in nats; 10 % of captions dropped.
 
-        Expect log(buckets) from a model that knows nothing.
+        Expect log(buckets) from a model that knows nothing. share: see `diffusion.drawn`.
         """
         codes, dot = self.encode(z_i), self.dot_code(z_i, text.z_t)            # (B, K), (B,)
-        keep = (torch.rand(len(z_i)) >= 0.1).to(z_i.device)
+        keep = diffusion.drawn(torch.rand, len(z_i), share) >= 0.1
+        keep = keep.to(z_i.device, non_blocking=True)
         logits = self(codes, dot, text.drop(keep)).float().transpose(1, 2)     # (B, buckets, K)
         return F.cross_entropy(logits, codes, reduction="none").mean(1)
 
@@ -351,7 +354,7 @@ class ARPrior(nn.Module):
         c, B, device = self.config, len(text.tokens), text.z_t.device
         at = generator.device if generator else None
         dot = torch.randint(c.buckets // 2, c.buckets, (B,), generator=generator, device=at)
-        dot = dot.to(device)                                                   # the top half
+        dot = dot.to(device, non_blocking=True)                                # the top half
         if guidance != 1:
             text, dot = clip.Text(*map(torch.cat, zip(text.null(), text))), dot.repeat(2)
         context = self.text(text.tokens, text.mask)                            # (B', L, text width)
@@ -366,7 +369,8 @@ class ARPrior(nn.Module):
                 logits = diffusion.guide(*logits.chunk(2), guidance)           # (B, buckets)
             noise = torch.rand(B, c.buckets, generator=generator, device=at).clamp(min=1e-20)
             gumbel = -(-noise.log()).log()
-            codes.append((logits / temperature + gumbel.to(device)).argmax(1))            # (B,)
+            gumbel = gumbel.to(device, non_blocking=True)
+            codes.append((logits / temperature + gumbel).argmax(1))            # (B,)
             if k + 1 < c.components:
                 new = self.code(codes[-1].repeat(len(prefix) // B)) + self.pos[2 + k]     # (B', W)
                 x = new[:, None] if cached else torch.cat([x, new[:, None]], dim=1)

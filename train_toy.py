@@ -15,11 +15,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import copy
+import datetime
+import functools
 import itertools
 import json
 import math
 import random
 import re
+import shutil
 import sys
 import textwrap
 import time
@@ -32,6 +35,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import distributed
+from torch.distributed import checkpoint
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -44,7 +51,7 @@ import unclip
 matplotlib.use("Agg")                             # draw into files, no window
 import matplotlib.pyplot as plt
 
-VOCABULARY = 1024                                 # tokens at most; the toy world needs about 580
+VOCABULARY = {"toy": 1024, "paper": 16384}        # tokens at most; the toy world needs about 580
 
 # ---- The world: scenes and their captions --------------------------------------------------------
 
@@ -489,8 +496,10 @@ class Data:
 
     def __init__(self, source, model, device):
         self.source, self.device, self.size = source, device, model.config.clip.image_size
-        self.tokens = model.tokenizer(source.captions, model.config.clip.context)
-        self.mask = clip.token_mask(self.tokens, model.tokenizer.end)
+        self.read = model.config.clip.context                 # CLIP reads these tokens of L
+        tokens = model.tokenizer(source.captions, self.read)
+        self.tokens, self.mask = (F.pad(x, (0, model.context - self.read)) for x in (
+            tokens, clip.token_mask(tokens, model.tokenizer.end)))
         number = {text: i for i, text in enumerate(dict.fromkeys(source.captions))}
         self.ids = torch.tensor([number[text] for text in source.captions])
         self.pictures = torch.cat([((source.pictures(rows.tolist(), self.size) + 1) * 127.5).round()
@@ -506,8 +515,12 @@ class Data:
         self.encode = model.encode_image
         self.z_i = torch.cat([model.encode_image(self.small(rows, self.size))
                               for rows in self.chunks("embedding pictures")])
-        self.z_t = torch.cat([model.encode_text(self.tokens[rows].to(self.device))[0]
+        self.z_t = torch.cat([model.encode_text(self.to_device(self.tokens[rows, :self.read]))[0]
                               for rows in self.chunks("embedding captions")])
+
+    def to_device(self, x):
+        """x, where the model is; the device is not waited for."""
+        return x.to(self.device, non_blocking=True)
 
     def rivals(self, n, share=1.0):
         """About n random rows, (n,), in whole groups, of the first `share` of the groups."""
@@ -517,19 +530,20 @@ class Data:
 
     def small(self, rows, size):
         """Pictures at CLIP's or the decoder's size: (B, 3, size, size) in [-1, 1]."""
-        return decoder.shrink(self.pictures[rows].to(self.device).float() / 127.5 - 1, size)
+        return decoder.shrink(self.to_device(self.pictures[rows]).float() / 127.5 - 1, size)
 
     def text(self, rows):
         """-> clip.Text, without CLIP's hidden states."""
-        return clip.Text(*(x.to(self.device) for x in (self.tokens[rows], self.mask[rows],
-                                                       self.z_t[rows], torch.zeros(len(rows), 0))))
+        tokens, mask, nothing = map(self.to_device, (self.tokens[rows], self.mask[rows],
+                                                     torch.zeros(len(rows), 0)))
+        return clip.Text(tokens, mask, self.z_t[self.to_device(rows)], nothing)
 
 
 # ---- Training: one loop for all ------------------------------------------------------------------
 
 @dataclass
 class Stage:
-    """How one part is trained: a warm-up, then a cosine to zero.
+    """How one part is trained: a warm-up, then a cosine to zero, or a constant learning rate.
 
     Adam with decoupled weight decay (not on gains and biases), as in the paper. With `muon` the
     inner matrices and convolutions are moved by torch.optim.Muon at that learning rate instead: in
@@ -542,6 +556,9 @@ class Stage:
     weight_decay: float = 0.0
     beta2: float = 0.999
     ema: float = 0.0                              # decay of the averaged weights; 0: none (CLIP)
+    eps: float = 1e-8                             # Adam's
+    warmup: int = 50                              # steps, at most a fifth of all
+    cosine: bool = True                           # False: constant after the warm-up
 
 
 STAGES = {
@@ -554,6 +571,22 @@ STAGES = {
     "upsampler1": Stage(steps=500, batch=32, lr=2e-3, muon=3e-3, ema=0.99),
     "upsampler2": Stage(steps=700, batch=8, lr=2e-3, muon=3e-3, ema=0.99),
 }
+# The paper's table 3, which states no schedule and no warm-up; for CLIP appendix C and Radford et
+# al. 2021, with 32 epochs of 650 M pictures.
+PAPER_STAGES = {
+    "clip": Stage(steps=635_000, batch=32_768, lr=3e-4, weight_decay=0.2, beta2=0.98, eps=1e-6,
+                  warmup=2000),
+    "diffusion_prior": Stage(steps=600_000, batch=4096, lr=1.1e-4, weight_decay=6e-2, beta2=0.96,
+                             eps=1e-6, ema=0.9999, warmup=0, cosine=False),
+    "ar_prior": Stage(steps=1_000_000, batch=4096, lr=1.6e-4, weight_decay=4e-2, beta2=0.91,
+                      eps=1e-10, ema=0.999, warmup=0, cosine=False),
+    "decoder": Stage(steps=800_000, batch=2048, lr=1.2e-4, ema=0.9999, warmup=0, cosine=False),
+    "upsampler1": Stage(steps=1_000_000, batch=1024, lr=1.2e-4, ema=0.9999, warmup=0,
+                        cosine=False),
+    "upsampler2": Stage(steps=1_000_000, batch=512, lr=1e-4, ema=0.9999, warmup=0, cosine=False),
+}
+RECIPES = {"toy": STAGES, "paper": PAPER_STAGES}
+SAVE_SECONDS = {"toy": 20.0, "paper": 1800.0}     # the paper's decoder writes 56 GB each time
 
 
 def optimizers(model, stage):
@@ -569,7 +602,7 @@ def optimizers(model, stage):
          {"params": [w for w in rest if w.ndim == 1], "peak": stage.lr, "weight_decay": 0.0},
          *({"params": [w], "peak": 10 * stage.lr, "weight_decay": 0.0}          # the temperature
            for w in rest if w.ndim == 0)],
-        betas=(0.9, stage.beta2), weight_decay=stage.weight_decay, fused=True)
+        betas=(0.9, stage.beta2), eps=stage.eps, weight_decay=stage.weight_decay, fused=True)
     if not pairs:
         return [adam], pairs
     muon = torch.optim.Muon([{"params": [m for _, m in pairs], "peak": stage.muon}],
@@ -577,25 +610,30 @@ def optimizers(model, stage):
     return [adam, muon], pairs
 
 
-def batch_loss(name, model, data, batch, progress):
-    """Draw a batch for one part of the stack -> its mean loss. All draws come from torch's seed."""
+def batch_loss(name, model, data, batch, progress, share=(0, 1)):
+    """Draw a batch for one part of the stack -> its mean loss. All draws come from torch's seed.
+
+    share: (rank, processes); of a batch's rows each process computes its own, see diffusion.drawn.
+    """
+    rank, processes = share
     if name == "clip":
         rows = data.rivals(batch, data.source.easy if progress < 0.1 else 1.0)
-        tokens = data.tokens[rows, :data.mask[rows].sum(1).max()].to(data.device)
-        z_i, z_t = model.encode_image(data.small(rows, data.size)), model.encode_text(tokens)[0]
-        return clip.clip_loss(clip.unit(z_i), clip.unit(z_t), model.scale(),
-                              data.ids[rows].to(data.device))
+        ids, rows = data.to_device(data.ids[rows]), rows.chunk(processes)[rank]
+        tokens = data.to_device(data.tokens[rows, :data.mask[rows].sum(1).max()])
+        z_i, z_t = (gather(z, share) for z in model(data.small(rows, data.size), tokens))
+        with unclip.autocast(data.device, torch.float32):              # the loss is not rounded
+            return clip.clip_loss(z_i, z_t, model.scale(), ids)
     if name.startswith("upsampler"):
         size = model.config.unet.size
         crops = 4 if size > 64 else 1             # of each picture: large ones take long to draw
-        rows = torch.randint(len(data.tokens), (batch // crops,))
-        high = data.source.pictures(rows.tolist(), size).to(data.device)
-        return model.loss(*model.prepare(high, crops)).mean()
-    rows = torch.randint(len(data.tokens), (batch,))
-    z_i, text = clip.unit(data.z_i[rows]), data.text(rows)
+        rows = torch.randint(len(data.tokens), (batch // crops,)).chunk(processes)[rank]
+        high = data.to_device(data.source.pictures(rows.tolist(), size))
+        return model.loss(*model.prepare(high, crops, share), share).mean()
+    rows = torch.randint(len(data.tokens), (batch,)).chunk(processes)[rank]
+    z_i, text = clip.unit(data.z_i[data.to_device(rows)]), data.text(rows)
     if name == "decoder":
-        return model.loss(data.small(rows, model.config.unet.size), z_i, text).mean()
-    return model.loss(z_i, text).mean()
+        return model.loss(data.small(rows, model.config.unet.size), z_i, text, share).mean()
+    return model.loss(z_i, text, share).mean()
 
 
 # What the best possible denoiser would reach. Of what a caption leaves open we draw many pictures.
@@ -686,30 +724,153 @@ def expectation(name, model, data, batch):
     return f"{start}; the best possible is between {low:.3f} and {high:.3f}"
 
 
-def train(name, stage, model, data, seed, state, save, save_seconds=20.0, sam=0.0):
+# ---- Many processes: torchrun --nproc-per-node=N train_toy.py ... ----
+# Each holds a part of the weights, gradients and averages, and computes its rows of every batch.
+
+
+def join(device):
+    """-> (rank, processes): (0, 1), or this process's place among those that torchrun started."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not distributed.is_initialized():
+        if device.startswith("cuda"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # the first process also draws samples and writes files, for which the others wait
+        distributed.init_process_group(timeout=datetime.timedelta(hours=2))
+        if distributed.get_rank():
+            sys.stdout = open(os.devnull, "w")             # only the first one speaks
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def shard(part):
+    """Spread a part's weights over the processes (FSDP2); a block's come together as it works.
+
+    The U-Net's attention stays with the root: its keys of the context are asked for from outside.
+    So does CLIP's temperature, whole in each process: FSDP cannot cut a single number.
+    """
+    for module in part.modules():
+        if isinstance(module, (clip.Block, decoder.ResBlock)):
+            fully_shard(module)
+    fully_shard(part, ignored_params={w for w in part.parameters() if w.ndim == 0})
+
+
+def local(tensors):
+    """What this process holds of each tensor, in the same memory."""
+    return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+
+
+def gather(x, share):
+    """The rows of all processes: (b, D) -> (b * processes, D). One process: x.
+
+    Each then computes the whole loss, whose gradient it knows for its own rows alone; as FSDP takes
+    the mean over the processes where this wants the sum, it counts so many times.
+    """
+    rank, processes = share
+    if processes == 1:
+        return x
+    rows = [torch.empty_like(x) for _ in range(processes)]
+    distributed.all_gather(rows, x.detach())
+    x.register_hook(lambda gradient: processes * gradient)
+    return torch.cat([*rows[:rank], x, *rows[rank + 1:]])
+
+
+def clip_gradients(weights, share, most=1.0):
+    """Shrink all gradients together so that their norm, over all processes, is at most `most`."""
+    if share[1] == 1:
+        torch.nn.utils.clip_grad_norm_(weights, most)
+        return
+    grads = [w.grad for w in weights]
+    own = [g for g in grads if isinstance(g, DTensor) or share[0] == 0]    # count the others once
+    square = torch.nn.utils.get_total_norm(local(own)) ** 2
+    distributed.all_reduce(square)
+    torch._foreach_mul_(local(grads), (most / (square.sqrt() + 1e-6)).clamp(max=1.0))
+
+
+def numbers(values, share):
+    """Numbers on the device -> a list of floats, their means over the processes."""
+    values = torch.stack(values)
+    if share[1] > 1:
+        distributed.all_reduce(values)
+        values /= share[1]
+    return values.tolist()
+
+
+def whole(part):
+    """A part's weights on the CPU, put together again where they were spread."""
+    return {key: (w.full_tensor() if isinstance(w, DTensor) else w).cpu()
+            for key, w in part.state_dict().items()}
+
+
+def save_shards(state, out, name):
+    """All processes write state["current"] into a folder of its own, then the older one goes.
+
+    torch's checkpoint engine finishes a folder by writing .metadata: without it, it does not count.
+    """
+    folder = out / f"{name}-{state['current']['step']}"
+    checkpoint.save(state["current"], checkpoint_id=folder)
+    if distributed.get_rank() == 0:
+        if not (out / "state.pt").exists():
+            unclip.save_atomically(state | {"current": {}}, out / "state.pt")
+        for old in out.glob(f"{name}-*"):
+            if old != folder:
+                shutil.rmtree(old)
+
+
+def saved_shards(out, name):
+    """-> {"folder": the newest that save_shards finished}, or {}."""
+    folders = [path.parent for path in out.glob(f"{name}-*/.metadata")]
+    newest = max(folders, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+    return {"folder": str(newest)} if newest else {}
+
+
+def load_shards(state, model, weights, opts, pairs):
+    """Read state["folder"] into all that changes, each process its own part; in place."""
+    for w in [*weights, *(matrix for _, matrix in pairs)]:
+        w.grad = torch.zeros_like(w)
+    for opt in opts:
+        opt.step()                                # the moments come to be; all is overwritten now
+    folder = state.pop("folder")
+    state.update(step=0, losses=[], seconds=0.0, ema=[w.detach().clone() for w in weights],
+                 model=model.state_dict(), opts=[opt.state_dict() for opt in opts])
+    checkpoint.load(state, checkpoint_id=folder)
+
+
+# ---- The loop ----
+
+READ_EVERY = 20                                   # steps: reading a loss makes the CPU wait for it
+
+
+def train(name, stage, model, data, seed, state, save, save_seconds=20.0, sam=0.0,
+          dtype=torch.float32, share=(0, 1)):
     """Train one part. `state`, {} or a saved one, holds all that changes; save() is called often.
 
     Every step seeds torch anew, so a run that was stopped draws what it would have drawn.
     sam: rho of the paper's sharpness-aware steps, 0 for plain ones (which cost half as much).
+    dtype: of autocast. share: (rank, processes), with the model spread by `shard`.
     -> the model with averaged weights.   FloatingPointError at a loss that is not finite.
     """
     model.train()
     weights, (opts, pairs) = list(model.parameters()), optimizers(model, stage)
-    if state:
+    if "folder" in state:
+        load_shards(state, model, weights, opts, pairs)
+    elif state:
         model.load_state_dict(state["model"])
         for opt, saved in zip(opts, state["opts"]):
             opt.load_state_dict(saved)
     else:
         state.update(step=0, losses=[], seconds=0.0, ema=[w.detach().clone() for w in weights])
-    warmup, start, saved = 1 + min(50, stage.steps // 5), time.monotonic(), time.monotonic()
-    before = state["seconds"]
-    bar = tqdm(range(state["step"], stage.steps), name, initial=state["step"], total=stage.steps)
+    warmup = 1 + min(stage.warmup, stage.steps // 5)
+    start, saved, before, unread = time.monotonic(), time.monotonic(), state["seconds"], []
+    bar = tqdm(range(state["step"], stage.steps), name, initial=state["step"], total=stage.steps,
+               disable=share[0] > 0)
     for step in bar:
         def batch():                              # the same batch however often it is asked for
             torch.manual_seed(seed * 1_000_003 + step)
-            return batch_loss(name, model, data, stage.batch, step / stage.steps)
+            with unclip.autocast(data.device, dtype):
+                return batch_loss(name, model, data, stage.batch, step / stage.steps, share)
 
-        height = min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / stage.steps))
+        fall = 0.5 + 0.5 * math.cos(math.pi * step / stage.steps) if stage.cosine else 1.0
+        height = min((step + 1) / warmup, fall)
         for group in (g for opt in opts for g in opt.param_groups):
             group["lr"] = height * group["peak"]
         model.zero_grad()
@@ -718,22 +879,29 @@ def train(name, stage, model, data, seed, state, save, save_seconds=20.0, sam=0.
         else:
             loss = batch()
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        clip_gradients(weights, share)
         for w, matrix in pairs:
             matrix.grad = w.grad.flatten(1)
         for opt in opts:
             opt.step()
-        torch._foreach_lerp_(state["ema"], [w.detach() for w in weights],
+        torch._foreach_lerp_(local(state["ema"]), local(w.detach() for w in weights),
                              1 - min(stage.ema, (1 + step) / (10 + step)))
         state["step"] = step + 1
-        state["losses"].append(loss.item())
-        # ---- only reporting from here ----
-        if not math.isfinite(state["losses"][-1]):
-            raise FloatingPointError(f"the loss of {name} is {state['losses'][-1]} at step {step}; "
-                                     "try a smaller learning rate (STAGES), or another --seed")
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{np.mean(state['losses'][-100:]):.4f}")
-        if time.monotonic() - saved >= save_seconds:
+        unread.append(loss.detach().float())
+        # ---- only reporting from here; nothing above waits for the device ----
+        waited = time.monotonic() - saved
+        if (step % READ_EVERY and step + 1 < stage.steps
+                and (waited < save_seconds or share[1] > 1)):       # many decide together, below
+            continue
+        *losses, waited = numbers([*unread, loss.new_tensor(waited)], share)
+        unread.clear()
+        for at, value in enumerate(losses, start=len(state["losses"])):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss of {name} is {value} at step {at}; "
+                                         "try a smaller learning rate (STAGES), or another --seed")
+        state["losses"] += losses
+        bar.set_postfix(loss=f"{np.mean(state['losses'][-100:]):.4f}")
+        if waited >= save_seconds:
             state.update(model=model.state_dict(), opts=[opt.state_dict() for opt in opts],
                          seconds=before + time.monotonic() - start)
             save()
@@ -747,21 +915,39 @@ def train(name, stage, model, data, seed, state, save, save_seconds=20.0, sam=0.
 
 def run(args):
     """Train the stack, part after part, into the folder args.out; or go on where a run stopped."""
+    share = rank, processes = join(args.device)
     out, file = Path(args.out), Path(args.out) / "state.pt"
+    usual = {"preset": "toy", "batch": 0, "dtype": "fp32", "vocab": "", "spread": False}
     about = {"seed": args.seed, "steps_scale": args.steps_scale, "data": args.data or "",
-             "groups": args.groups, "sam": args.sam}
+             "groups": args.groups, "sam": args.sam} | usual
+    about.update(preset=args.preset, batch=args.batch or 0, dtype=args.dtype,
+                 vocab=args.vocab or "", spread=processes > 1)
+    if args.sam and processes > 1:
+        raise ValueError("--sam is for one process: the paper's replicas perturb one by one")
     state = {"format": "unclip run 1", "about": about, "done": {}, "current": {}, "losses": {},
              "seconds": {}}
     if args.resume:
         state = unclip.read_checkpoint(file, "unclip run 1")
-        if state["about"] != about:
+        before = usual | state["about"]
+        halfway = bool(state["current"]) or any(saved_shards(out, name) for name in STAGES
+                                                if name not in state["done"])
+        free = () if halfway else ("batch", "dtype", "spread")      # each part may have its own
+        if any(before[key] != about[key] for key in about if key not in free):
             raise ValueError(f"{file} is of a run with {state['about']}, got {about}; resume with "
                              "the settings it began with, or choose another --out")
+        if before != about:
+            state["about"] = about
+            if rank == 0:
+                unclip.save_atomically(state, file)
     elif file.exists():
         raise ValueError(f"{out} holds a run already; go on with --resume, or choose another --out")
     model, data = set_up(args)
-    for number, (name, stage) in enumerate(STAGES.items()):
-        stage = replace(stage, steps=max(2, round(stage.steps * args.steps_scale)))
+    for number, (name, stage) in enumerate(RECIPES[args.preset].items()):
+        stage = replace(stage, steps=max(2, round(stage.steps * args.steps_scale)),
+                        batch=args.batch or stage.batch)
+        if processes > 1 and stage.batch % (4 * processes):
+            raise ValueError(f"expected a batch that is a multiple of 4 for each of {processes} "
+                             f"processes, got {stage.batch} for {name}; set --batch")
         if args.only and name not in (*args.only, "clip"):
             continue
         part = make_part(name, model, data, args.seed + number)
@@ -772,37 +958,62 @@ def run(args):
             print(f"{name}: {sum(w.numel() for w in part.parameters()) / 1e6:.2f} M parameters, "
                   f"{stage.steps} steps of {stage.batch}; loss: "
                   f"{expectation(name, part, data, stage.batch)}", flush=True)
-            train(name, stage, part, data, args.seed, state["current"],
-                  lambda: unclip.save_atomically(state, file), args.save_seconds,
-                  args.sam if name == "clip" else 0.0)
+            if not stage.muon and processes == 1:      # Muon and FSDP want the usual order
+                unclip.channels_last(part)
+            if args.recompute:
+                unclip.recompute(part)
+            if args.compile:
+                unclip.compile_blocks(part)
+            save = functools.partial(unclip.save_atomically, state, file)
+            if processes > 1:
+                shard(part)
+                state["current"] = saved_shards(out, name) if args.resume else {}
+                save = functools.partial(save_shards, state, out, name)
+            train(name, stage, part, data, args.seed, state["current"], save,
+                  SAVE_SECONDS[args.preset] if args.save_seconds is None else args.save_seconds,
+                  args.sam if name == "clip" else 0.0, unclip.DTYPES[args.dtype], share)
+            if processes > 1 or args.recompute or args.compile:        # a plain part goes on
+                weights = whole(part)
+                part = make_part(name, model, data, args.seed + number)
+                part.load_state_dict(weights)
+                part.eval()
             if name == "diffusion_prior":
                 rows = torch.arange(len(data.tokens))[::max(1, len(data.tokens) // 500)]
                 part.fit_variance(data.z_i[rows], data.text(rows),
                                   generator=torch.Generator().manual_seed(args.seed))
-            state["done"][name] = part.state_dict()
+            state["done"][name] = whole(part)
             state["losses"][name], state["seconds"][name] = (state["current"].pop(k)
                                                              for k in ("losses", "seconds"))
             state["current"] = {}
-            unclip.save_atomically(state, file)
-            draw_losses(state["losses"], out / "losses.png")
+            if rank == 0:
+                unclip.save_atomically(state, file)
+                for old in out.glob(f"{name}-*"):
+                    shutil.rmtree(old)
+                draw_losses(state["losses"], out / "losses.png")
         model.parts[name] = part
         if name == "clip":
             data.embed(part)
-        elif model.parts["decoder"] is not None:
+        part.load_state_dict(state["done"][name], assign=True)   # off the GPU: the next needs room
+        if rank == 0 and model.parts["decoder"] is not None:
             draw_samples(model, data, out / f"{name}.png")
     model.seconds = state["seconds"]
-    model.save(out / "toy.pt", dtype=torch.half)
+    if rank == 0:
+        model.save(out / f"{args.preset}.pt", dtype=torch.half)
     each = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in state["seconds"].items())
-    print(f"wrote {out / 'toy.pt'}; trained in {sum(state['seconds'].values()) / 60:.1f} minutes: "
-          f"{each}")
+    print(f"wrote {out / args.preset}.pt; trained in {sum(state['seconds'].values()) / 60:.1f} "
+          f"minutes: {each}")
+    if processes > 1:
+        distributed.destroy_process_group()
 
 
 def set_up(args):
     """-> an UnCLIP without parts yet, whose tokenizer and sizes fit the captions; and the Data."""
     device = unclip.pick_device(args.device)
     source = Folder(args.data) if args.data else World(args.groups, args.seed)
-    model = unclip.UnCLIP(copy.deepcopy(unclip.PRESETS["toy"]), dict.fromkeys(unclip.PARTS))
-    model.tokenizer = clip.Tokenizer.train(source.captions, VOCABULARY)
+    model = unclip.UnCLIP(copy.deepcopy(unclip.PRESETS[args.preset]), dict.fromkeys(unclip.PARTS))
+    model.low_memory = None if device.type == "cpu" else device        # a part at a time is there
+    model.tokenizer = (clip.Tokenizer.load(args.vocab) if args.vocab else
+                       clip.Tokenizer.train(source.captions, VOCABULARY[args.preset]))
     model.words = sorted({word for text in source.captions
                           for word in clip.split_words(clip.clean(text))})
     for name in ("clip", "diffusion_prior", "ar_prior", "decoder"):
@@ -840,8 +1051,9 @@ def draw_losses(losses, path):
 
 
 def draw_samples(model, data, path):
-    """Eight captions of the data as drawn so far, with the true z_i in the prior's place."""
-    rows = torch.arange(len(data.tokens))[::max(1, len(data.tokens) // 8)][:8]
+    """Some captions of the data as drawn so far, with the true z_i in the prior's place."""
+    n = max(1, 8 * 256 // model.sizes[-1])                            # two of 1024 px
+    rows = torch.arange(len(data.tokens))[::max(1, len(data.tokens) // n)][:n]
     pictures = model.draw(clip.unit(data.z_i[rows]), data.text(rows),
                           generator=torch.Generator().manual_seed(0))
     unclip.save_grid(F.interpolate(pictures, 256, mode="nearest"), path, columns=4)
@@ -1505,18 +1717,29 @@ def main(argv=None):
                help="what the decoder is given as image embedding")
         option("--json", metavar="PATH", help="write the table there too")
     if command == "train":
+        option("--preset", choices=RECIPES, default="toy", help="the networks and their settings")
         option("--data", metavar="FOLDER", help="your pictures, NAME.png or NAME.jpg beside "
                "NAME.txt (without: the toy world)")
         option("--out", default="runs/toy", metavar="FOLDER", help="where to write")
         option("--resume", action="store_true", help="go on where the run in --out stopped")
-        option("--only", nargs="+", choices=STAGES, help="train these parts, and CLIP, only")
+        option("--only", nargs="+", choices=STAGES, help="train these parts only, over the CLIP "
+               "of the run that is resumed; without one it is trained first")
         option("--steps-scale", type=float, default=1.0, metavar="X", help="all steps times X")
+        option("--batch", type=unclip.positive, metavar="N",
+               help="pictures in a step, over all processes (default: the preset's)")
+        option("--vocab", metavar="PATH", help="read the tokenizer there (OpenAI's merges file, or "
+               "a folder with vocab.json and merges.txt), do not learn it from the captions")
+        option("--dtype", default="fp32", choices=("fp32", "bf16"),
+               help="of matrix products; the weights are float32")
+        option("--recompute", action="store_true",
+               help="keep less in memory on the way there, compute it again on the way back")
+        option("--compile", action="store_true", help="with torch.compile")
         option("--groups", type=unclip.positive, default=6000, metavar="N",
                help="groups of four scenes in the toy world's training set")
         option("--sam", type=float, default=0.0, metavar="RHO",
                help="train CLIP with sharpness-aware steps, as the paper did (0.1)")
-        option("--save-seconds", type=float, default=20.0, metavar="S",
-               help="how often to save what --resume needs")
+        option("--save-seconds", type=float, metavar="S", help="how often to save what --resume "
+               "needs (default: every 20 s; with --preset paper every half hour)")
     args = parser.parse_args(argv if command == "train" else argv[1:])
     unclip.stop_on_error(COMMANDS.get(command, run), args)
 

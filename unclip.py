@@ -19,8 +19,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import argparse
 import contextlib
 import copy
+import datetime
+import functools
 import json
 import math
+import platform
 import sys
 import time
 import weakref
@@ -31,7 +34,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import clip
@@ -192,6 +196,11 @@ class UnCLIP:
         stages = [self.config.decoder, self.config.upsampler1, self.config.upsampler2]
         return tuple(stage.unet.size for stage in stages if stage is not None)
 
+    @property
+    def context(self):
+        """L of a clip.Text, padding included; CLIP may read less (in the paper 77 of 256)."""
+        return self.config.decoder.context
+
     def unknown_words(self, captions):
         """The captions' words that no training caption had, in order; () if that is unknown."""
         known = set(self.words)
@@ -213,6 +222,7 @@ class UnCLIP:
         mask = clip.token_mask(tokens, self.tokenizer.end)                       # (B, L)
         with self.at_work("clip") as model:
             z_t, states = model.encode_text(tokens.to(self.device))
+        tokens, mask = (F.pad(x, (0, self.context - x.shape[1])) for x in (tokens, mask))
         return clip.Text(tokens.to(self.device), mask.to(self.device), z_t, states)
 
     @torch.no_grad()
@@ -230,8 +240,8 @@ class UnCLIP:
 
     def no_caption(self, B):
         """B rows of a clip.Text that says nothing, for pictures drawn from an embedding alone."""
-        c, tokens = self.config.clip, torch.zeros(B, self.config.clip.context, dtype=torch.long)
-        text = clip.Text(tokens, tokens.bool(), torch.zeros(B, c.embed_dim), torch.zeros(B, 0))
+        D, tokens = self.config.clip.embed_dim, torch.zeros(B, self.context, dtype=torch.long)
+        text = clip.Text(tokens, tokens.bool(), torch.zeros(B, D), torch.zeros(B, 0))
         text = clip.Text(*(x.to(self.device) for x in text))
         return self.null(text) or text
 
@@ -526,7 +536,7 @@ def load(path, device="cpu", dtype=torch.float32, clip_path=None, low_memory=Fal
                              f"{first}") from None
         for p in part.parameters():
             p.data = p.data.to(dtype)
-        part.to(device)
+        channels_last(part.to(device))
     return model
 
 
@@ -622,6 +632,47 @@ def save_grid(pictures, path, columns):
                       ".png?") from None
 
 
+# ---------------------------------------------------------------- speed
+# What trades memory for time, or time for a compiler, is switched here; numbers are in the README.
+
+
+def autocast(device, dtype):
+    """Weights stay in float32, products are computed in `dtype`; with float32 nothing happens.
+
+    For GPUs: on a CPU without bf16 units a toy step takes 5 to 15 % longer.
+    """
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
+def channels_last(part):
+    """Convolutions' weights in the order of memory that a U-Net's pictures have.
+
+    In the other order every call puts them into this one again: forward and backward of a U-Net of
+    64 channels took 0.97 s so, and 0.74 s with this (one CPU thread, tests/compare_speed.py's).
+    """
+    return part.to(memory_format=torch.channels_last)
+
+
+def recompute(part):
+    """Activation checkpointing: keep each block's input alone, and compute the rest once more.
+
+    Training of a part then needs less memory and about a third more time.
+    """
+    for block in part.modules():
+        if isinstance(block, (clip.Block, decoder.ResBlock, decoder.Attention)):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks(part):
+    """torch.compile, a Transformer block or a whole U-Net at a time.
+
+    On a CPU a toy step gains 5 % or nothing, and the first one takes a minute: off by default.
+    """
+    for module in part.modules():
+        if isinstance(module, (clip.Block, decoder.UNet)):
+            module.compile()
+
+
 # ---------------------------------------------------------------- benchmark
 # Random weights, real shapes and step counts: how fast is each stage, and does it fit?
 
@@ -647,6 +698,9 @@ def sampling_work(name, part, s, B, device, dtype):
         return lambda: denoise(x, t), s.upsampler_steps[int(name[-1]) - 1]
     if name == "ar_prior":
         text = random_text(c, B, device, dtype)
+        if torch.device(device).type == "meta":          # all codes at once: as much work, counted
+            codes = torch.zeros(B, c.components, dtype=torch.long, device=device)    # in no time
+            return lambda: part(codes, codes[:, 0], text), 1
         return lambda: part.sample(text, guidance=s.prior_guidance), 1
     if name == "diffusion_prior":
         text = random_text(c, B * s.candidates, device, dtype)
@@ -659,16 +713,15 @@ def sampling_work(name, part, s, B, device, dtype):
     return lambda: denoise(x, t), s.decoder_steps
 
 
-def training_work(name, part, B, device, dtype):
-    """-> do one step of training: loss, gradients, AdamW.  bf16 and fp16 run as autocast."""
-    c, opt = part.config, torch.optim.AdamW(part.parameters(), 1e-4, fused=True)
+def training_loss(name, part, B, device):
+    """-> the mean loss of a batch of B, as a function, for a part of a stack."""
+    c = part.config
     if name == "clip":
         images = torch.rand(B, 3, c.image_size, c.image_size, device=device) * 2 - 1
         tokens = torch.randint(c.vocab_size, (B, c.context), device=device)
 
         def loss():
-            z_i, z_t = part.encode_image(images), part.encode_text(tokens)[0]
-            return clip.clip_loss(clip.unit(z_i.float()), clip.unit(z_t.float()), part.scale())
+            return clip.clip_loss(*part(images, tokens), part.scale())
     elif name.startswith("upsampler"):
         side = c.unet.size // 4                                          # crops of a quarter
         high = torch.rand(B, 3, side, side, device=device) * 2 - 1
@@ -685,14 +738,85 @@ def training_work(name, part, B, device, dtype):
         def loss():
             return part.loss(*more).mean()
 
+    return loss
+
+
+def training_step(part, loss, device, dtype):
+    """-> do what train_toy.train does in a step: loss, gradients, clipping, AdamW, average."""
+    weights = list(part.parameters())
+    opt = torch.optim.AdamW(weights, 1e-4, fused=True)
+    ema = [w.detach().clone() for w in weights]
+
     def step():
-        opt.zero_grad(set_to_none=True)
-        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+        opt.zero_grad()
+        with autocast(device, dtype):
             value = loss()
         value.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         opt.step()
+        torch._foreach_lerp_(ema, [w.detach() for w in weights], 1e-4)
 
     return step
+
+
+class Living(TorchDispatchMode):
+    """`with Living(part) as living:` - living.peak is the most bytes that tensors took at once.
+
+    For the "meta" device, where a tensor has a shape and no numbers: nothing is computed, so the
+    largest networks can be asked. Counts the part's weights, and what every operation makes until
+    it is dropped. Not counted: what kernels take for themselves, and what an allocator keeps.
+    """
+
+    def __init__(self, part):
+        super().__init__()
+        self.known, self.bytes, self.peak = weakref.WeakSet(), 0, 0
+        self.count([*part.parameters(), *part.buffers()])
+
+    def count(self, tensors):
+        for x in tensors:
+            if torch.is_tensor(x) and x.is_meta and x.untyped_storage() not in self.known:
+                self.known.add(x.untyped_storage())              # views share one
+                self.add(x.untyped_storage().nbytes())
+                weakref.finalize(x.untyped_storage(), self.add, -x.untyped_storage().nbytes())
+
+    def add(self, size):
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        self.count(tree_iter(out))
+        return out
+
+
+def count(name, kind, config, args, dtype):
+    """What a stage takes, counted on the meta device, where nothing is computed.
+
+    -> its parameters, FLOPs of a step, steps, bytes that stay, bytes at the peak. The peak is an
+    upper bound: matrices of attention are counted, which fast kernels never keep; in training all
+    is float32.
+    """
+    with torch.device("meta"):
+        part = kind(config)
+    size = sum(w.numel() for w in part.parameters())
+    if args.recompute:
+        recompute(part)
+    part = part.train() if args.train else part.eval().to(dtype)
+    with torch.set_grad_enabled(args.train), Living(part) as living:
+        weights = living.bytes
+        if args.train:
+            loss, steps = training_loss(name, part, args.batch, "meta"), 1
+            held = 16 * size                         # weights, Adam's two averages, ours
+
+            def step():
+                loss().backward()                    # makes the gradients, 4 bytes a parameter
+        else:
+            step, steps = sampling_work(name, part, PRESETS[args.preset].sampling, args.batch,
+                                        "meta", dtype)
+            held = weights
+        with FlopCounterMode(display=False) as counter:
+            step()
+    return size, counter.get_total_flops(), steps, held, held + living.peak - weights
 
 
 def seconds_of(step, device, limit, most):
@@ -723,6 +847,7 @@ def matmul_ceiling(device, dtype):
 def free_memory(device):
     """Bytes that can still be had."""
     if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -743,57 +868,75 @@ def peak_memory(device):
 
 
 def benchmark_stage(name, kind, config, args, device, dtype):
-    """One row of the table, a dict; {"note": ...} instead of times if it would not fit."""
-    with torch.device("meta"):
-        count = sum(w.numel() for w in kind(config).parameters())
-    row = {"stage": name, "parameters": count, "note": ""}
-    # sampling: the weights; training: float32 weights, gradients and Adam's two averages
-    need = count * (16 if args.train else torch.empty((), dtype=dtype).element_size())
-    if 1.1 * need > free_memory(device):
-        return row | {"note": f"does not fit: the weights alone take {need / 1e9:.1f} GB, "
+    """One row of the table, a dict; a note instead of times if it would not fit."""
+    size, flops, steps, held, needs = count(name, kind, config, args, dtype)
+    row = {"stage": name, "parameters": size, "steps": steps, "FLOPs": flops * steps,
+           "needs": needs, "note": ""}
+    if torch.device(device).type == "meta":
+        return row
+    if 1.1 * held > free_memory(device):
+        return row | {"note": f"does not fit: the weights alone take {held / 1e9:.1f} GB, "
                               f"{free_memory(device) / 1e9:.1f} GB are free"}
+    if needs > free_memory(device):
+        row["note"] = f"may not fit: {free_memory(device) / 1e9:.1f} GB are free"
     with torch.device(device):
-        part = kind(config).train(args.train)
-    part = part if args.train else part.to(dtype)
+        part = kind(config)
     reset_peak_memory(device)
-    if args.train:
-        step, steps = training_work(name, part, args.batch, device, dtype), 1
-    else:
-        step, steps = sampling_work(name, part, PRESETS[args.preset].sampling, args.batch, device,
-                                    dtype)
+    channels_last(part)
+    if args.recompute:
+        recompute(part)
     if args.compile:
-        for module in part.modules():
-            if isinstance(module, (clip.Block, decoder.UNet)):
-                module.compile()
+        compile_blocks(part)
     with torch.set_grad_enabled(args.train):
-        with FlopCounterMode(display=False) as counter:
-            step()                                       # also warms up, and compiles
-        seconds = seconds_of(step, device, args.limit_seconds, max(3, steps))
-    flops = counter.get_total_flops()
-    return row | {"steps": steps, "seconds": seconds * steps, "FLOPs": flops * steps,
-                  "FLOP/s": flops / seconds, "peak": peak_memory(device)}
+        try:
+            if args.train:
+                loss = training_loss(name, part.train(), args.batch, device)
+                step = training_step(part, loss, device, dtype)
+            else:
+                step, _ = sampling_work(name, part.eval().to(dtype),
+                                        PRESETS[args.preset].sampling, args.batch, device, dtype)
+            step()                                       # warms up, and compiles
+            seconds = seconds_of(step, device, args.limit_seconds, max(3, steps))
+        except torch.OutOfMemoryError:
+            return row | {"note": "did not fit: out of memory"}
+    return row | {"seconds": seconds * steps, "FLOP/s": flops / seconds,
+                  "peak": peak_memory(device), "note": ""}
+
+
+def machine(device):
+    """What is measured on: the name of the GPU, or of the processor."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    about = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in about.read_text().splitlines()
+             if line.startswith("model name")] if about.exists() else []
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def run_benchmark(args):
+    """A table of all stages. --device meta counts only, anywhere, without GPU or memory."""
     device, dtype = pick_device(args.device), DTYPES[args.dtype]
-    ceiling, rows = matmul_ceiling(device, dtype), []
-    print(f"{args.preset}, batch {args.batch}, {device}, {args.dtype}, torch {torch.__version__}: "
-          f"{'training steps' if args.train else 'sampling'}; a large matrix product runs at "
-          f"{ceiling / 1e12:.3g} TFLOP/s")
-    line = "{:<16} {:>9} {:>6} {:>10} {:>9} {:>9} {:>8} {:>8}"
-    print(line.format("stage", "M params", "steps", "GFLOP", "seconds", "TFLOP/s", "share",
-                      "peak GB"))
+    ceiling, rows = None if device.type == "meta" else matmul_ceiling(device, dtype), []
+    today, where = datetime.date.today().isoformat(), machine(device)
+    print(f"{args.preset}, batch {args.batch}, {device}, {args.dtype}, "
+          f"{'training steps' if args.train else 'sampling'}; {where}, torch {torch.__version__}, "
+          f"{today}" + (f"; a large matrix product runs at {ceiling / 1e12:.3g} TFLOP/s"
+                        if ceiling else "; counted, not run"))
+    line = "{:<16} {:>9} {:>6} {:>10} {:>9} {:>9} {:>9} {:>8} {:>8}"
+    print(line.format("stage", "M params", "steps", "GFLOP", "needs GB", "seconds", "TFLOP/s",
+                      "share", "peak GB"))
     for name, kind in PARTS.items():
         config = getattr(PRESETS[args.preset], name)
         if config is None:
             continue
         row = benchmark_stage(name, kind, config, args, device, dtype)
         rows.append(row)
-        print(f"{name:<16} {row['parameters'] / 1e6:>9.1f} {row['note']}" if row["note"] else
-              line.format(name, f"{row['parameters'] / 1e6:.1f}", row["steps"],
-                          f"{row['FLOPs'] / 1e9:.4g}", f"{row['seconds']:.3g}",
-                          f"{row['FLOP/s'] / 1e12:.3g}", f"{row['FLOP/s'] / ceiling:.0%}",
-                          f"{row['peak'] / 1e9:.2f}"), flush=True)
+        measured = ([f"{row['seconds']:.3g}", f"{row['FLOP/s'] / 1e12:.3g}",
+                     f"{row['FLOP/s'] / ceiling:.0%}", f"{row['peak'] / 1e9:.2f}"]
+                    if "seconds" in row else [""] * 4)
+        print(line.format(name, f"{row['parameters'] / 1e6:.1f}", row["steps"],
+                          f"{row['FLOPs'] / 1e9:.0f}", f"{row['needs'] / 1e9:.2f}", *measured)
+              + row["note"], flush=True)
     used = [row for row in rows if "seconds" in row and row["stage"] != "ar_prior"]
     total = sum(row["seconds"] for row in used)
     if not args.train and len(used) == len([r for r in rows if r["stage"] != "ar_prior"]):
@@ -802,56 +945,17 @@ def run_benchmark(args):
     if args.json:
         Path(args.json).write_text(json.dumps({
             "preset": args.preset, "batch": args.batch, "device": str(device), "dtype": args.dtype,
+            "machine": where, "date": today, "recompute": args.recompute,
             "torch": torch.__version__, "train": args.train, "compile": args.compile,
             "ceiling FLOP/s": ceiling, "stages": rows, "total seconds": total}, indent=1) + "\n")
 
 
-class Living(TorchDispatchMode):
-    """`with Living(part) as living:` - living.peak is the most bytes that tensors took at once.
-
-    For the "meta" device, where a tensor has a shape and no numbers: nothing is computed, so the
-    largest networks can be asked. Counts the part's weights, and what every operation makes until
-    it is dropped. Not counted: what kernels take for themselves, and what an allocator keeps.
-    """
-
-    def __init__(self, part):
-        super().__init__()
-        self.known, self.bytes, self.peak = weakref.WeakSet(), 0, 0
-        self.count([*part.parameters(), *part.buffers()])
-
-    def count(self, tensors):
-        for x in tensors:
-            if torch.is_tensor(x) and x.is_meta and x.untyped_storage() not in self.known:
-                self.known.add(x.untyped_storage())              # views share one
-                self.add(x.untyped_storage().nbytes())
-                weakref.finalize(x.untyped_storage(), self.add, -x.untyped_storage().nbytes())
-
-    def add(self, size):
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        out = operation(*args, **(kwargs or {}))
-        self.count(tree_leaves(out))
-        return out
-
-
-@torch.no_grad()
 def memory_needed(preset, dtype, batch=1):
     """What sampling takes, in bytes: {part: (weights, weights and the rest at the peak)}."""
-    needed = {}
-    for name, kind in PARTS.items():
-        config = getattr(PRESETS[preset], name)
-        if config is None or name == "ar_prior":                 # one prior is enough
-            continue
-        with torch.device("meta"):
-            part = kind(config).eval().to(dtype)
-        with Living(part) as living:
-            weights = living.bytes
-            step, _ = sampling_work(name, part, PRESETS[preset].sampling, batch, "meta", dtype)
-            step()
-        needed[name] = weights, living.peak
-    return needed
+    args = argparse.Namespace(preset=preset, batch=batch, train=False, recompute=False)
+    return {name: count(name, kind, getattr(PRESETS[preset], name), args, dtype)[3:]
+            for name, kind in PARTS.items()                      # one prior is enough
+            if getattr(PRESETS[preset], name) is not None and name != "ar_prior"}
 
 
 def memory_table(preset, batch=1):
@@ -1058,12 +1162,13 @@ def main(argv=None):
     sub = commands.add_parser("benchmark", help="how fast is each stage, and does it fit?",
                               formatter_class=formatter, allow_abbrev=False)
     sub.add_argument("--preset", choices=PRESETS, default="toy")
-    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps; meta: count, do not run")
     sub.add_argument("--dtype", default="fp32", choices=DTYPES,
                      help="of the weights; in training, of autocast")
     sub.add_argument("--batch", type=positive, default=1, metavar="N")
     sub.add_argument("--train", action="store_true", help="steps of training instead of sampling")
     sub.add_argument("--compile", action="store_true", help="with torch.compile")
+    sub.add_argument("--recompute", action="store_true", help="with activation checkpointing")
     sub.add_argument("--limit-seconds", type=float, default=20.0, metavar="S",
                      help="for each stage: measure a few steps and scale")
     sub.add_argument("--json", metavar="PATH", help="write the table there too")

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- symbols -->", "<!-- end of symbols -->"
 
 SYMBOLS = (                     # letter, what it is, our name, file, the line that introduces it
-    ("x", "a picture, in [-1, 1]", "x0", "decoder.py", "def loss(self, x0, z_i, text):"),
+    ("x", "a picture, in [-1, 1]", "x0", "decoder.py", "def loss(self, x0, z_i, text, share=(0, 1)):"),
     ("y", "a caption", "text", "clip.py", "class Text(NamedTuple):"),
     ("z_i", "CLIP's embedding of a picture", "z_i", "clip.py", "def encode_image(self, images):"),
     ("z_t", "CLIP's embedding of a caption", "z_t", "clip.py", "def encode_text(self, tokens):"),
@@ -19,7 +19,7 @@ SYMBOLS = (                     # letter, what it is, our name, file, the line t
     ("P(x given z_i, y)", "the decoder", "Decoder", "decoder.py", "class Decoder(nn.Module):"),
     ("f(z^(t), t, y)", "the prior's prediction of z_i", "forward", "prior.py",
      "def forward(self, x_t, index, text):"),
-    ("L_prior", "its loss", "loss", "prior.py", "def loss(self, z_i, text):"),
+    ("L_prior", "its loss", "loss", "prior.py", "def loss(self, z_i, text, share=(0, 1)):"),
     ("T", "number of times", "T", "prior.py", "T: int = 1000"),
     ("t - 1", "what a network is told about time", "index", "diffusion.py",
      "def sinusoid(index, width):"),

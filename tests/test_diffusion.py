@@ -653,7 +653,7 @@ def test_middle_times_are_logit_normal():
     for p in (0.05, 0.2, 0.5, 0.8, 0.95):
         want = 0.5 + 0.5 * math.erf((math.log(p / (1 - p)) + 0.1) / 0.9 / 2 ** 0.5)
         got = (t <= 1000 * p).double().mean().item()
-        assert abs(got - want) < 4e-3, f"expected {want:.4f} of the times up to {p} T, got {got:.4f}"
+        assert abs(got - want) < 4e-3, f"expected {want:.4f} of them up to {p} T, got {got:.4f}"
 
 
 # ------------------------------------------------------------------------------------------- demo

@@ -18,6 +18,7 @@ from PIL import Image
 
 import clip
 import train_toy
+import two_processes
 import unclip
 
 ROOT = Path(unclip.__file__).parent
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.slow                     # trains, or draws with the co
 @pytest.fixture(scope="module")
 def world():
     """A small training set, and a stack of the toy's sizes that fits it."""
-    args = argparse.Namespace(data=None, groups=100, seed=0, device="cpu")
+    args = argparse.Namespace(preset="toy", data=None, groups=100, seed=0, device="cpu", vocab=None)
     return train_toy.set_up(args)
 
 
@@ -197,6 +198,68 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(finished, tmp_pa
             assert torch.equal(w, other[part][key]), f"{part}.{key} differs"
 
 
+def torchrun(script, *options):
+    """A script in two processes that work together."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(script), *options], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def by_one_and_two(tmp_path_factory):
+    file = tmp_path_factory.mktemp("two") / "result.pt"
+    process = torchrun(ROOT / "tests/two_processes.py", str(file))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_toy, "READ_EVERY", 20)
+        one = two_processes.train_all((0, 1))
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    return one, torch.load(file)
+
+
+@pytest.mark.parametrize("case", [*train_toy.STAGES, "decoder by Muon"])
+def test_two_processes_lose_what_one_loses_with_the_same_batch(by_one_and_two, case):
+    """Shards, clipping, averages, the contrastive loss over the whole batch, all draws: alike."""
+    one, two = by_one_and_two
+    if case == "upsampler2":                      # its BSR damage is drawn by each for itself
+        assert two[case] == pytest.approx(one[case], rel=0.1)
+        return
+    assert two[case] == pytest.approx(one[case], rel=1e-4 if "Muon" in case else 1e-5)   # bf16
+    other = two[f"{case} weights"]
+    far = [(w - other[key]).abs().max() for key, w in one[f"{case} weights"].items()]
+    moved = train_toy.STAGES[case.split()[0]].lr * two_processes.STEPS
+    assert max(far) < moved, "further apart than these steps can move anything"
+
+
+@pytest.mark.parametrize("case", [*train_toy.STAGES, "decoder by Muon"])
+def test_two_processes_resume_to_the_same_weights(by_one_and_two, case):
+    _, two = by_one_and_two
+    assert two[case] == two[f"{case} resumed"]
+    for key, w in two[f"{case} weights"].items():
+        assert torch.equal(w, two[f"{case} weights resumed"][key]), f"{key} differs"
+
+
+def test_torchrun_trains_is_killed_and_resumes(finished, tmp_path):
+    """As a user would start it; the losses are those of the run by one process."""
+    command = ROOT / "train_toy.py", *TINY, "--only", "decoder", "--out", str(tmp_path)
+    process = torchrun(*command)
+    while process.poll() is None and not (tmp_path / "decoder-1/.metadata").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert list(state["done"]) == ["clip"], "it was to be killed while the decoder trains"
+    process = torchrun(*command, "--resume")
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    one, two = (torch.load(p / "state.pt", weights_only=True)["losses"]
+                for p in (finished, tmp_path))
+    for name in ("clip", "decoder"):              # Muon computes in bfloat16, which rounds
+        assert two[name] == pytest.approx(one[name], rel=2e-3), name
+    assert unclip.load(tmp_path / "toy.pt").parts["decoder"] and not list(tmp_path.glob("*-*"))
+
+
 def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(finished, command):
     before = (finished / "state.pt").read_bytes()
     for options, says in [((), "--resume"), (("--resume", "--seed", "5"), "another --out")]:
@@ -222,6 +285,57 @@ def test_your_own_pictures_train_it_too(tmp_path, command):
     assert code == 0, said
     assert "12 captioned pictures" in said and "2 skipped" in said
     assert unclip.load(tmp_path / "run/toy.pt").words
+
+
+def small_paper():
+    """The paper's preset, narrow: CLIP reads 24 tokens, the others 32; dropout; no velocity."""
+    config = unclip.toy()
+    config.name = "paper"
+    config.clip = replace(config.clip, context=24)
+    for name in ("diffusion_prior", "ar_prior", "decoder"):
+        setattr(config, name, replace(getattr(config, name), context=32))
+    for name in ("decoder", "upsampler1", "upsampler2"):
+        setattr(config, name, replace(getattr(config, name), velocity=False))
+    config.decoder.unet = replace(config.decoder.unet, dropout=0.1)
+    config.sampling = unclip.Sampling(prior_steps=2, decoder_steps=2, upsampler_steps=(2, 2))
+    return config
+
+
+def test_the_papers_preset_trains_by_the_same_loop(tmp_path, command, monkeypatch):
+    """Its settings, in bfloat16 and recomputing; then one part over the CLIP that is there."""
+    monkeypatch.setitem(unclip.PRESETS, "paper", small_paper())
+    options = ["--preset", "paper", "--groups", "40", "--batch", "8", "--steps-scale", "1e-9",
+               "--dtype", "bf16", "--recompute", "--out", str(tmp_path)]
+    said, code = command(*options, "--only", "clip")
+    assert code == 0, said
+    clip_losses = torch.load(tmp_path / "state.pt", weights_only=True)["losses"]["clip"]
+    said, code = command(*options, "--resume", "--only", "decoder", "diffusion_prior",
+                         "--batch", "4")
+    assert code == 0 and "clip:" not in said, said
+    losses = torch.load(tmp_path / "state.pt", weights_only=True)["losses"]
+    assert losses["clip"] == clip_losses and len(losses["decoder"]) == 2
+    model = unclip.load(tmp_path / "paper.pt")
+    assert model.config.name == "paper" and model.context == 32 and model.parts["ar_prior"] is None
+    x = model.sample(["a red circle"], generator=torch.Generator().manual_seed(0), progress=False)
+    assert x.isfinite().all()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.save(state | {"current": {"step": 1}}, tmp_path / "state.pt")            # as if stopped
+    said, code = command(*options[:-5], "--out", str(tmp_path), "--resume")
+    assert code == 2 and "another --out" in said, "half of a part in bf16, half not"
+
+
+TABLE_3 = {"ar_prior": (4096, 1_000_000, 1.6e-4, 4e-2, 0.91, 1e-10, 0.999),
+           "diffusion_prior": (4096, 600_000, 1.1e-4, 6e-2, 0.96, 1e-6, 0.9999),
+           "decoder": (2048, 800_000, 1.2e-4, 0, 0.999, 1e-8, 0.9999),
+           "upsampler1": (1024, 1_000_000, 1.2e-4, 0, 0.999, 1e-8, 0.9999),
+           "upsampler2": (512, 1_000_000, 1.0e-4, 0, 0.999, 1e-8, 0.9999)}
+
+
+@pytest.mark.parametrize("name", TABLE_3)
+def test_the_papers_stages_are_those_of_its_table_3(name):
+    s = train_toy.RECIPES["paper"][name]
+    assert (s.batch, s.steps, s.lr, s.weight_decay, s.beta2, s.eps, s.ema) == TABLE_3[name]
+    assert not s.muon and not s.cosine, "Adam, at a constant rate"
 
 
 @pytest.mark.parametrize("content", [None, "empty", "no captions"])

@@ -361,7 +361,7 @@ BAD = {
     "no such device": (["--weights", "good.pt", "--device", "cuda:99"], "no device 'cuda:99'"),
     "a nonsense device": (["--weights", "good.pt", "--device", "toaster"], "no device 'toaster'"),
     "a folder that is not there": (["--weights", "good.pt", "-o", "no/where.png"], "no/where.png"),
-    "not a picture's name": (["--weights", "good.pt", "-o", "out.xyz"], "out.xyz cannot be written"),
+    "not a picture's name": (["--weights", "good.pt", "-o", "out.xyz"], "out.xyz cannot be"),
     "too many steps": (["--weights", "good.pt", "--decoder-steps", "2000"], "got 2000"),
     "not a number": (["--weights", "good.pt", "-n", "zero"], "whole number"),
 }
@@ -405,6 +405,44 @@ def test_the_benchmark_measures_every_stage(command, monkeypatch, options):
         assert row["parameters"] == sum(w.numel() for w in part.parameters())
         assert row["FLOPs"] > row["parameters"] and row["seconds"] > 0
     assert content["stages"][3]["steps"] == (1 if "--train" in options else 3)
+
+
+@pytest.mark.parametrize("options", [[], ["--train", "--recompute"]])
+def test_the_benchmark_counts_the_papers_size_without_a_gpu(command, options):
+    """On meta nothing can be copied back to the CPU: a step that waited for the GPU would fail."""
+    status, said, _ = command(unclip.main, "benchmark", "--preset", "paper", "--device", "meta",
+                              "--dtype", "bf16", "--json", "count.json", *options)
+    assert status == 0 and "counted, not run" in said
+    rows = json.loads(Path("count.json").read_text())["stages"]
+    assert [row["stage"] for row in rows] == list(unclip.PARTS) and "seconds" not in rows[0]
+    for row in rows:                              # bf16; or weights, gradients, Adam, average
+        assert row["needs"] > row["parameters"] * (20 if options else 2)
+    decoder_row = rows[3]
+    if not options:                               # 3.03 TFLOP for both halves of guidance
+        assert decoder_row["FLOPs"] == pytest.approx(250 * 3.03e12, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["clip", "diffusion_prior", "ar_prior", "decoder", "upsampler1"])
+def test_recomputing_gives_the_same_gradients_and_keeps_less(name):
+    """Bytes that live after the way there, counted on meta; gradients compared on the CPU."""
+    kept, grads = [], []
+    for again in (False, True):
+        with torch.device("meta"):
+            part = unclip.PARTS[name](getattr(unclip.toy(), name))
+        if again:
+            unclip.recompute(part)
+        with unclip.Living(part) as living:
+            weights, value = living.bytes, unclip.training_loss(name, part, 4, "meta")()
+            kept.append(living.bytes - weights)
+        torch.manual_seed(0)
+        part = unclip.PARTS[name](getattr(unclip.toy(), name))
+        if again:
+            unclip.recompute(part)
+        value = unclip.training_loss(name, part, 4, "cpu")()
+        value.backward()
+        grads.append([w.grad for w in part.parameters()])
+    assert kept[1] < 0.6 * kept[0], f"{kept[1]} of {kept[0]} bytes are still kept"
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
 
 
 def test_the_benchmark_says_what_would_not_fit(command, monkeypatch):

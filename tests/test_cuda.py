@@ -1,0 +1,103 @@
+"""What only a GPU can show: the same pictures as on the CPU, bf16, the paper's full size.
+
+Skipped without CUDA. The last ones need 80 GB and some minutes.
+"""
+import copy
+
+import pytest
+import torch
+
+import train_toy
+import unclip
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+CAPTIONS = ["a small red circle above a large blue square", "a large orange square"]
+ROOM = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+
+
+def draw(device, dtype=torch.float32, **options):
+    model = unclip.load(unclip.HERE / "weights/toy.pt", device, dtype)
+    text = model.encode_text(CAPTIONS)
+    z_i = model.embed(text, generator=torch.Generator().manual_seed(0))
+    x = model.draw(z_i, text, generator=torch.Generator().manual_seed(1), **options)
+    return x.cpu().float()
+
+
+@pytest.fixture(autouse=True)
+def float32_products():
+    """float32 means float32: no TF32 in what is compared."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def test_a_seed_is_the_same_picture_on_cpu_and_gpu():
+    a, b = draw("cpu"), draw("cuda")
+    assert (a - b).abs().mean() < 1e-3 and (a - b).abs().max() < 0.05
+
+
+def test_bf16_is_close_to_float32():
+    a, b = draw("cuda"), draw("cuda", torch.bfloat16)
+    assert (a - b).abs().mean() < 0.05
+    for x in b:                                          # and still says the same
+        assert len(train_toy.read(x).things) in (1, 2)
+
+
+@pytest.mark.parametrize("name", ["diffusion_prior", "decoder", "upsampler1", "upsampler2"])
+def test_a_step_of_sampling_does_not_wait_for_the_gpu(name):
+    """What the loop does from one step to the next, with synchronising forbidden."""
+    with torch.device("cuda"):
+        part = unclip.PARTS[name](getattr(unclip.toy(), name)).eval()
+    step, _ = unclip.sampling_work(name, part, unclip.toy().sampling, 2, "cuda", torch.float32)
+    with torch.no_grad():
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", unclip.PARTS)
+def test_a_step_of_training_does_not_wait_for_the_gpu(name):
+    with torch.device("cuda"):
+        part = unclip.PARTS[name](getattr(copy.deepcopy(unclip.toy()), name)).train()
+    if name in ("decoder", "upsampler1", "upsampler2"):
+        part.config.velocity = False                     # the paper's presets say eps
+    loss = unclip.training_loss(name, part, 4, "cuda")
+    step = unclip.training_step(part, loss, "cuda", torch.bfloat16)
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(ROOM < 24e9, reason="needs 24 GB")
+def test_the_paper_preset_draws_finite_pictures_of_1024_pixels_in_24_GB():
+    model = unclip.build("paper", device="cuda", dtype=torch.bfloat16)
+    model.tokenizer = unclip.load(unclip.HERE / "weights/toy.pt").tokenizer
+    torch.cuda.reset_peak_memory_stats()
+    x = model.sample(CAPTIONS[:1], prior_steps=2, decoder_steps=2, upsampler_steps=(2, 2),
+                     generator=torch.Generator().manual_seed(0), progress=False)
+    assert x.shape == (1, 3, 1024, 1024) and x.isfinite().all() and x.abs().max() <= 1
+    assert torch.cuda.max_memory_allocated() < 24e9
+
+
+@pytest.mark.parametrize("name", unclip.PARTS)
+def test_a_step_of_training_at_full_size(name):
+    config = getattr(unclip.paper(), name)
+    size = sum(w.numel() for w in unclip.build("paper", device="meta").parts[name].parameters())
+    if ROOM < 24 * size:
+        pytest.skip(f"needs {24 * size / 1e9:.0f} GB")
+    with torch.device("cuda"):
+        part = unclip.PARTS[name](config).train()
+    unclip.recompute(part)
+    loss = unclip.training_loss(name, part, 2, "cuda")
+    before = [w.detach().clone() for w in part.parameters() if w.ndim == 1][:20]
+    unclip.training_step(part, loss, "cuda", torch.bfloat16)()
+    after = [w for w in part.parameters() if w.ndim == 1][:20]
+    assert all(w.isfinite().all() for w in part.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after)), "the step moved nothing"
