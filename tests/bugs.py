@@ -629,7 +629,7 @@ def two_windows(high, low, crop, generator=None):
 @bug("decoder.Upsampler.prepare", "of the windows are sharp",
      "test_decoder.py::test_training_windows_are_quarters_shrunk_and_half_of_them_blurred",
      "DALLE2-pytorch: one random blur for a whole batch, not for each picture.")
-def one_coin_for_all(self, high, crops=1):
+def one_coin_for_all(self, high, crops=1, share=(0, 1)):
     S = self.config.unet.size
     low = decoder.shrink(high, S // 4)
     low = decoder.gaussian_blur(low) if torch.rand(()) < 0.5 else low

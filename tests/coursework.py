@@ -45,6 +45,7 @@ EXERCISES = {
     "diffusion.measure_cov": ("Analytic-DPM", 2),
     "diffusion.discretized_log_likelihood": ("DDPM eq. 13", 2),
     "diffusion.random_times": ("DDPM alg. 1; VDM app. I.1", 1),
+    "diffusion.middle_times": ("SD3 sec. 3.1", 1),
     "diffusion.simple_loss": ("DDPM eq. 14", 1),
     "diffusion.vlb_loss": ("IDDPM eq. 5, 6", 3),
     "diffusion.hybrid_loss": ("IDDPM eq. 16", 2),
