@@ -338,13 +338,17 @@ def attend(q, k, v, heads, mask=None, causal=False):
 
 
 class Cache:
-    """The keys and values of all that was read: a sampled token is computed once, not L times."""
+    """The keys and values of all that was read: a sampled token is computed once, not L times.
+
+    size: how many there may be. `length` of them are there, 0 at first; who sets it back makes the
+    cache forget what came after.
+    """
 
     def __init__(self, size):
         self.size, self.length, self.k, self.v = size, 0, None, None
 
     def append(self, k, v):
-        """k, v (B, n, W), the new ones -> all so far (B, length, W)."""
+        """k, v (B, n, W), the new ones -> the pair of all so far, k and v (B, length, W)."""
         if self.k is None:
             self.k, self.v = (x.new_empty(x.shape[0], self.size, x.shape[2]) for x in (k, v))
         start, self.length = self.length, self.length + k.shape[1]
@@ -356,7 +360,8 @@ class Block(nn.Module):
     """The pre-LN Transformer block: x + attention(LN(x)), then x + MLP(LN(x)).   CLIP sec. 2.4
 
     With context_width, `context` (B, S, context_width) becomes keys and values that stand before
-    the block's own: the way GLIDE and the AR prior let a sequence look at a caption.
+    the block's own: the way GLIDE and the AR prior let a sequence look at a caption. qkv's output is
+    q, k, v one after the other, context's k, v; a cache is given what stands before, too.
     """
 
     def __init__(self, width, heads, layers, activation="gelu", context_width=0):

@@ -40,8 +40,8 @@ class ResBlock(nn.Module):
     """Norm, SiLU, conv; norm, time, SiLU, conv; plus the input.   ADM sec. 3 and its code
 
     resample: None, "down" (2x2 mean) or "up" (nearest) before the first conv, on both branches.
-    scale_shift: the time embedding scales and shifts what the second norm makes (AdaGN); else it is
-    added before that norm.
+    scale_shift: norm2(h) (1 + scale) + shift, both from the time embedding, scale first (AdaGN);
+    else it is added before that norm. Dropout comes just before the second conv.
     """
 
     def __init__(self, c_in, c_out, emb, dropout=0.0, scale_shift=True, resample=None, groups=32):
@@ -73,7 +73,8 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Pixels look at all pixels and the context: x + proj(attention(norm(x))).   GLIDE sec. 4.1
 
-    The context's keys and values stand before the pixels'; it has no norm of its own here.
+    The context's keys and values, kv (B, K, 2 C) = k then v, stand before the pixels'; it has no
+    norm of its own here. qkv's output is q, k, v one after the other. mask as in clip.attend.
     """
 
     def __init__(self, channels, head_channels, context_width, groups=32):
@@ -236,7 +237,8 @@ def to_eps(config, alphabar, out, x_t, t):
 
 
 def eps_weight(config, alphabar, t):
-    """How much an error in eps counts, t (B,) -> (B,): 1; 1 / ab_t makes it one in velocity."""
+    """How much an error in eps counts, t (B,) -> (B,) float32: 1; with config.velocity 1 / ab_t,
+    which makes it an error in velocity."""
     return (1 / alphabar[t] if config.velocity else torch.ones(len(t))).float()
 
 
@@ -422,24 +424,24 @@ def enlarge(low, size):
 def crop_pair(high, low, crop, generator=None, share=(0, 1)):
     """One random window per example, cut from both pictures.   unCLIP app. C: a fourth of the side.
 
-    high (B, 3, H, W), low (B, 3, h, w) with H = factor * h, and crop the side in high-res pixels
-    -> (B, 3, crop, crop), (B, 3, crop / factor, crop / factor). The corner is drawn on the low-res
-    grid, so both windows show the same thing. Damage low before cropping: no mirrored edges inside.
+    high (B, 3, k h, k w), low (B, 3, h, w), and crop the side in high-res pixels
+    -> (B, 3, crop, crop), (B, 3, crop / k, crop / k). The corner is drawn on the low-res grid, so
+    both windows show the same thing. Damage low before cropping: no mirrored edges inside.
     ValueError unless high is k times low, and crop a multiple of k that fits. share: see
     `diffusion.drawn`.
     """
-    factor, (h, w) = high.shape[2] // low.shape[2], low.shape[2:]
-    side = crop // factor                                            # in low-res pixels
-    if high.shape[2:] != (factor * h, factor * w) or crop % factor or side > min(h, w):
+    k, (h, w) = high.shape[2] // low.shape[2], low.shape[2:]
+    side = crop // k                                                 # in low-res pixels
+    if high.shape[2:] != (k * h, k * w) or crop % k or side > min(h, w):
         raise ValueError(f"expected high = k * low and a crop that fits, a multiple of k; got "
                          f"{[*high.shape]}, {[*low.shape]}, {crop=}; change the crop")
     top, left = (diffusion.drawn(lambda n: torch.randint(space + 1, (n,), generator=generator),
                                  len(high), share).tolist() for space in (h - side, w - side))
 
-    def cut(pictures, k):                                            # k pixels per low-res pixel
-        return torch.stack([x[:, k * i:k * (i + side), k * j:k * (j + side)]
+    def cut(pictures, n):                                            # n pixels per low-res pixel
+        return torch.stack([x[:, n * i:n * (i + side), n * j:n * (j + side)]
                             for x, i, j in zip(pictures, top, left)])
-    return cut(high, factor), cut(low, 1)
+    return cut(high, k), cut(low, 1)
 
 
 # ---- blurs ----

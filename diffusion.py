@@ -42,8 +42,8 @@ def cosine_alphabar(T):
 def linear_alphabar(T):
     """The linear schedule: beta rises evenly from 1e-4 to 0.02, for T = 1000.   DDPM sec. 4.
 
-    T >= 2 -> (T+1,) float64. For another T the betas are scaled by 1000 / T (else x_T would not be
-    noise) and capped at 0.999, which only T < 21 needs. alphabar[T] = 4e-5 for T = 1000.
+    T -> (T+1,) float64, ValueError unless T >= 2. For another T the betas are scaled by 1000 / T
+    (else x_T would not be noise) and capped at 0.999 (only T < 21 needs it). alphabar[1000] = 4e-5.
     """
     if T < 2:
         raise ValueError(f"expected T >= 2 for the linear schedule, got {T}; use cosine_alphabar")
@@ -57,8 +57,8 @@ def spaced_timesteps(T, K):
     """K ascending times spread evenly over 1..T, both ends included.   IDDPM sec. 4.
 
         1 + round(c),   c = 0, stride, stride + stride, ...,   stride = (T - 1) / (K - 1)
-    spaced_timesteps(1000, 7) -> [1, 167, 334, 501, 667, 833, 1000].   K = 1 gives [T].
-    To hit the published times, add up (do not multiply), and round half to even as Python does.
+    spaced_timesteps(1000, 7) -> [1, 167, 334, 501, 667, 833, 1000].   K = 1 gives [T]. To hit the
+    published times, add up (do not multiply), round half to even.   ValueError unless 1 <= K <= T.
     """
     if not 1 <= K <= T:
         raise ValueError(f"expected between 1 and T = {T} sampling steps, got {K}")
@@ -217,7 +217,8 @@ def analytic_var(alphabar, t, s, cov):
     """The best variance for a denoiser: the posterior's, plus its doubt about x0.   Analytic-DPM.
 
         var = var_small + (weight of x0 in the posterior mean)^2 cov,     cov = E|x0 - x0_hat|^2 / d
-    cov () or (B,) float64, measured once on data by `measure_cov` -> var () or (B,) float64.
+    var_small is q_posterior's var, 0 at s = 0. cov () or (B,) float64, measured once on data by
+    `measure_cov` -> var () or (B,) float64.
     """
     a_t, a_s = _two_times(alphabar, t, s)
     b = 1 - a_t / a_s
@@ -365,7 +366,8 @@ def ddim_step(alphabar, x_t, t, s, x0, eta=0.0, noise=None):
         x_s = sqrt(ab_s) x0 + sqrt(1 - ab_s - sig^2) eps + sig noise,      eps from x_t and this x0
         sig = eta sqrt((1 - ab_s) / (1 - ab_t)) sqrt(1 - ab_t / ab_s)
     eta in [0, 1]: 0 is deterministic, 1 is DDPM with the small variance. At s = 0 it returns x0.
-    ValueError unless 0 <= s < t <= T, or if noise is needed (eta > 0 and s > 0) and missing.
+    ValueError unless 0 <= s < t <= T and 0 <= eta <= 1, or if noise is needed (eta > 0 and s > 0)
+    and missing.
     """
     a_t, a_s = _two_times(alphabar, t, s)
     if not 0 <= eta <= 1:
@@ -382,6 +384,7 @@ def ddim_invert_step(alphabar, x_t, t, u, x0):
     """One step *up*, u > t >= 1, along the predicted noise: undoes `ddim_step` of the same x0.
 
         x_u = sqrt(ab_u) x0 + sqrt(1 - ab_u) eps,      eps from x_t and x0.   ADM app. F.
+    ValueError unless t < u <= T.
     """
     a_u, _ = _two_times(alphabar, u, t, "u > t (inversion goes towards the noise)")
     eps = predict_eps(alphabar, x_t, t, x0)
@@ -411,6 +414,7 @@ def sample(denoise, alphabar, x, times, *, predicts="eps", clamp=None, variance=
     variance   of ancestral steps: "small", "large", "learned" (needs v), or measure_cov's table.
     eta        None: ancestral steps. A number: DDIM, 0 deterministic ... 1 as noisy as DDPM.
     generator  one draw of x's shape for each step that adds noise, on the generator's device.
+    ValueError for another `predicts` or `variance`, or a prediction of another shape.
     """
     if predicts not in ("eps", "x0"):
         raise ValueError(f'expected predicts "eps" or "x0", got {predicts!r}')
@@ -450,7 +454,8 @@ def invert(denoise, alphabar, x, times, *, predicts="eps", clamp=None, progress=
 
 
 def slerp(a, b, share):
-    """Along the arc from a (share 0) to b (share 1), vectors on the last axis.
+    """Along the arc from a (share 0) to b (share 1), vectors on the last axis; share a number or a
+    tensor that broadcasts, (n, 1).
 
         sin((1 - share) W) / sin W a + sin(share W) / sin W b,       W the angle between a and b
     Unit rows stay unit rows. Where a and b point the same or opposite ways, a straight line.

@@ -105,7 +105,7 @@ class DiffusionPrior(nn.Module):
     def visible(self, mask, rows):
         """Who may look at whom, for the last `rows` of the sequence.
 
-        Causal; and where CLIP's states stand for the words, padded ones are hidden.
+        Causal; and where CLIP's states stand for the words (vocab_size 0), padded ones are hidden.
         mask (B, L) -> (B or 1, 1, rows, L + 4) bool, True where a row may look.
         """
         S = mask.shape[1] + 4
@@ -218,8 +218,8 @@ class ARPriorConfig:
 def principal_components(z, keep=0.99):
     """The directions in which unit(z) varies, most important first.   unCLIP sec. 2.2
 
-    As many as keep that share of the variance (1: all): z (N, D) -> mean (D,), basis (D, K) with
-    orthonormal columns, on the CPU.
+    As many as keep that share of the variance (1: all D, even if N < D):  z (N, D) -> mean (D,),
+    basis (D, K) with orthonormal columns, float32 on the CPU.
     """
     z = unit(z.cpu().double())
     mean = z.mean(0)
@@ -295,7 +295,10 @@ class ARPrior(nn.Module):
             self.values[k] = torch.where(count > 0, total / count.clamp(min=1), lower)
 
     def encode(self, z):
-        """z (B, D) -> codes (B, K) in 0..buckets-1: how many cuts of `edges` are not above y_k."""
+        """z (B, D) -> codes (B, K) in 0..buckets-1: how many cuts of edges[k] are not above y_k.
+
+        y = (unit(z) - mean) basis, the components.
+        """
         y = (unit(z) - self.mean) @ self.basis                                 # (B, K)
         return torch.searchsorted(self.edges, y.T.contiguous(), right=True).T
 
