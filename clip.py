@@ -360,8 +360,8 @@ class Block(nn.Module):
     """The pre-LN Transformer block: x + attention(LN(x)), then x + MLP(LN(x)).   CLIP sec. 2.4
 
     With context_width, `context` (B, S, context_width) becomes keys and values that stand before
-    the block's own: the way GLIDE and the AR prior let a sequence look at a caption. qkv's output is
-    q, k, v one after the other, context's k, v; a cache is given what stands before, too.
+    the block's own: the way GLIDE and the AR prior let a sequence look at a caption. qkv gives q,
+    k, v one after the other, context k, v; a cache is given what stands before, too.
     """
 
     def __init__(self, width, heads, layers, activation="gelu", context_width=0):

@@ -15,6 +15,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -260,7 +261,8 @@ def stubs(names, solve=False):
             text += [""] * (i > 0) + head(lines, f)
             text += answer(part) if solve else [" " * (f.col_offset + 4) + TURN]
     return "\n".join(["# Write the bodies, then: pytest --impl THIS_FILE. Helpers of your own are "
-                      "welcome.", *imports(names), *text[1:], ""])
+                      "welcome.", "# Only the functions in the file are graded: a file with one of "
+                      "them takes seconds.", *imports(names), *text[1:], ""])
 
 
 # ---------------------------------------------------------------- swapping
@@ -374,6 +376,26 @@ def graded_by(wide=False):
     return tests
 
 
+def callers(name):
+    """The exercises that call a function which is none, directly or by way of such others."""
+    found, todo, others = [], [name], [
+        f"{c}.{n.name}" for c in CHAPTERS for n in parsed(ROOT / f"{c}.py")[1].body
+        if isinstance(n, ast.FunctionDef) and f"{c}.{n.name}" not in EXERCISES]
+    for wanted in todo:                                            # which grows
+        found += [e for e in EXERCISES if e not in found and calls(e, wanted)]
+        todo += [other for other in others if other not in todo and calls(other, wanted)]
+    return found
+
+
+def calls(name, wanted):
+    """Does one function speak of another: by its name, its chapter and name, or as a method?"""
+    first, *path, word = wanted.split(".")
+    return any(isinstance(n, ast.Attribute) and n.attr == word
+               and (bool(path) or getattr(n.value, "id", "") == first)
+               or isinstance(n, ast.Name) and n.id == word and not path
+               and name.startswith(f"{first}.") for n in ast.walk(source(name)[2]))
+
+
 def listing():
     """What --list prints."""
     tests, text, week_of = graded_by(), [], {}
@@ -405,7 +427,9 @@ def main(arguments=None):
     try:
         if not names and not args.list:
             raise ValueError("expected the names of exercises, --week N or --list")
-        print(listing() if args.list else stubs(names))
+        print(listing() if args.list else stubs(names), flush=True)
+    except BrokenPipeError:                                # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

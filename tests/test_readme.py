@@ -26,6 +26,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHAPTERS = {"diffusion": diffusion, "clip": clip, "prior": prior, "decoder": decoder,
             "unclip": unclip, "train_toy": train_toy}
 
+pytestmark = pytest.mark.ours                     # never graded, whoever's functions are in use
+
 
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_the_file_table_has_every_chapter_and_its_length(name):

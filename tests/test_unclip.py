@@ -469,6 +469,7 @@ def test_what_lives_is_counted_once_until_it_is_dropped():
         assert living.bytes == 20_200 and living.peak == 26_200
 
 
+@pytest.mark.ours
 def test_what_karlo_needs_is_told_for_every_setting(command, monkeypatch):
     """The weights as published, and what works beside them: at least the U-Nets' skips."""
     published = {"clip": 427_616_513, "diffusion_prior": 1_022_030_080, "decoder": 893_318_086,
