@@ -238,7 +238,8 @@ def stubs(names, solve=False):
         lines, whole, node = source(name)
         where, level = EXERCISES.get(name, ("-", 0))
         about = (f"# {name}: {where}" + f", difficulty {level} of 3" * bool(level)
-                 + f", graded by {len(tests.get(name, ()))} tests")
+                 + (f", graded by {len(tests[name])} tests" if name in tests else
+                    ", no test of its own"))
         parts = functions(name)
         if isinstance(node, ast.ClassDef) or name.count(".") > 1:
             kind = source(".".join(parts[0].split(".")[:2]))[2]
@@ -377,8 +378,11 @@ def graded_by(wide=False):
 
 
 def callers(name):
-    """The exercises that call a function which is none, directly or by way of such others."""
-    found, todo, others = [], [name], [
+    """The exercises that call a function which is none, directly or by way of such others; of a
+    method also those of its class."""
+    owner = name.rsplit(".", 1)[0]
+    found = [e for e in EXERCISES if e.startswith(f"{owner}.") and "." in owner]
+    todo, others = [owner if name.endswith(".__init__") else name], [
         f"{c}.{n.name}" for c in CHAPTERS for n in parsed(ROOT / f"{c}.py")[1].body
         if isinstance(n, ast.FunctionDef) and f"{c}.{n.name}" not in EXERCISES]
     for wanted in todo:                                            # which grows

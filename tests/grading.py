@@ -311,8 +311,8 @@ def a_call(name, ours, args, options):
         if not hasattr(x, "shape"):
             return f"{key} = {x}" if isinstance(x, (int, float, str, list, type(None))) else key
         return f"{key} = {x.tolist()}" if x.numel() < 4 else f"{key} {tuple(x.shape)}"
-    given = inspect.signature(ours).bind(*args, **options).arguments
-    words = [show(key, x) for key, x in given.items() if key != "self"]
+    given = inspect.signature(getattr(ours, "__func__", ours)).bind(*args, **options).arguments
+    words = [show(key, x) for key, x in given.items() if key not in ("self", "cls")]
     return f"{name} with {', '.join(words)}" if words else name
 
 

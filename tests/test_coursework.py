@@ -1,6 +1,7 @@
 """The suite as a teacher: every planted bug is seen and named, and our own functions pass."""
 import ast
 import gc
+import os
 import re
 import subprocess
 import sys
@@ -131,6 +132,110 @@ def test_a_file_that_cannot_be_graded_is_refused_in_a_sentence(tmp_path, text, s
         (tmp_path / "mine.py").write_text(text)
     with pytest.raises(ValueError, match=says):
         coursework.load(tmp_path / "mine.py")
+
+
+WHOSE_FAULT = {
+    "a root forgotten in what another calls": ("""
+import diffusion
+from diffusion import like
+
+def predict_eps(alphabar, x_t, t, x0):
+    return (x_t - like(alphabar[t].sqrt(), x_t) * x0) * like(1 - alphabar[t], x_t)
+
+def ddim_invert_step(alphabar, x_t, t, u, x0):
+    diffusion.q_posterior(alphabar, x0, x_t, u, t)
+    eps = diffusion.predict_eps(alphabar, x_t, t, x0)
+    return like(alphabar[u].sqrt(), x_t) * x0 + like((1 - alphabar[u]).sqrt(), x_t) * eps
+""", {"diffusion.predict_eps": ".", "diffusion.ddim_invert_step": "fails with diffusion.predict"}),
+    "an error that another must raise": ("""
+import diffusion
+from diffusion import like
+
+def predict_eps(alphabar, x_t, t, x0):
+    return (x_t - like(alphabar[t].sqrt(), x_t) * x0) * like((1 - alphabar[t]).rsqrt(), x_t)
+
+def ddim_invert_step(alphabar, x_t, t, u, x0):
+    eps = diffusion.predict_eps(alphabar, x_t, t, x0)
+    return like(alphabar[u].sqrt(), x_t) * x0 + like((1 - alphabar[u]).sqrt(), x_t) * eps
+""", {"diffusion.predict_eps": None, "diffusion.ddim_invert_step":
+      r"diffusion.ddim_invert_step with .*t = 4, u = 3.* should raise ValueError$"}),
+    "a dtype seen far away": ("""
+import torch, clip
+
+def eps_weight(config, alphabar, t):
+    return torch.ones(len(t)).double()
+
+def crop_pair(high, low, crop, generator=None, share=(0, 1)):
+    raise NotImplementedError
+""", {"decoder.eps_weight": "no test of its own, it is called by decoder.Decoder.loss; it returns "
+      "a float64 tensor .* where ours returns a float32", "decoder.crop_pair": "not written yet"}),
+}
+
+
+@pytest.mark.parametrize("case", WHOSE_FAULT)
+def test_a_hint_stands_once_and_at_the_function_that_is_wrong(case, tmp_path):
+    path, (text, wanted) = tmp_path / "mine.py", WHOSE_FAULT[case]
+    path.write_text(text)
+    grader = grade(coursework.load(path), "test_diffusion.py", "test_decoder.py", path=path,
+                   stop=False)
+    rows = {name: (passed, count, hint) for name, passed, count, hint in grader.table()}
+    graded = coursework.graded_by()
+    for name, says in wanted.items():
+        passed, count, hint = rows[name]
+        if says is None:
+            assert hint == "" or hint.startswith("fails with"), hint
+        else:
+            assert passed < count and re.match(says, hint) and hint, (name, hint)
+        if name in graded and "ddim" not in name:
+            ours = [t for t in graded[name] if t.startswith(("test_diffusion", "test_decoder"))]
+            assert count == len(ours), f"{name}: the stub says {len(ours)} of these, got {count}"
+    hints = [hint for _, _, hint in rows.values() if hint and not hint.startswith("fails with")]
+    assert len(hints) == len(set(hints)), hints
+
+
+def test_another_wording_of_an_error_is_as_good_as_ours(tmp_path):
+    (tmp_path / "mine.py").write_text("""import diffusion
+
+def spaced_timesteps(T, K):
+    if not 1 <= K <= T:
+        raise ValueError("no")
+    times, at = [], 0.0
+    for _ in range(K):
+        times.append(1 + round(at))
+        at += (T - 1) / max(K - 1, 1)
+    return times if K > 1 else [T]
+""")
+    path = tmp_path / "mine.py"
+    grader = grade(coursework.load(path), "test_diffusion.py", path=path, stop=False)
+    assert "test_diffusion.py::test_bad_input_stops_with_a_sentence" in {
+        grading.test_name(test) for test in grader.results}
+    assert not any(grader.results.values()), grader.results
+
+
+def test_tests_of_the_readme_grade_nobody():
+    class Names:
+        def pytest_collection_finish(self, session):
+            self.found = {grading.test_name(item.nodeid) for item in session.items}
+    names, grader = Names(), grading.Grader({"diffusion.like": diffusion.like}, "mine.py", slow=True)
+    pytest.main(["-p", "no:terminal", "-p", "no:cacheprovider", "--collect-only", str(TESTS)],
+                plugins=[grader, names])
+    assert any(n.startswith("test_unclip") for n in names.found)
+    assert not any(n.startswith("test_readme") or "karlo_needs" in n for n in names.found)
+
+
+def test_a_function_without_a_test_of_its_own_is_said_to_have_none():
+    assert coursework.callers("decoder.eps_weight") == ["decoder.Decoder.loss"]
+    assert "clip.CLIP.scale" in coursework.callers("clip.CLIP.__init__")
+    assert "# decoder.eps_weight: -, no test of its own" in coursework.stubs(["decoder.eps_weight"])
+
+
+def test_the_list_may_be_cut_by_head():
+    reader, writer = os.pipe()
+    os.close(reader)                                                # head has gone
+    out = subprocess.run([sys.executable, str(TESTS / "coursework.py"), "--list"], stdout=writer,
+                         stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert out.returncode == 0 and not out.stderr, out.stderr
 
 
 def test_the_command_prints_a_table_and_nothing_of_a_traceback(tmp_path):
