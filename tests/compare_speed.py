@@ -277,13 +277,18 @@ def ceiling(row):
     return 2 * SIDE ** 3 / row["seconds"]["product"]
 
 
+def share_of(row):
+    """How much of that ceiling our network reaches, in percent."""
+    return 100 * row["FLOPs"] / row["seconds"]["ours"] / ceiling(row)
+
+
 def table(found):
     """The comparisons as Markdown, a line for each against each."""
     lines = ["| | seconds | against | times as fast | share of the ceiling |",
              "|---|---|---|---|---|"]
     for row in found["rows"]:
         ours = row["seconds"]["ours"]
-        share = f"{row['FLOPs'] / ours / ceiling(row):.0%}" if row["FLOPs"] else ""
+        share = f"{share_of(row):.0f} %" if row["FLOPs"] else ""
         lines += [f"| {row['what']}: {row['passes']} | {ours:.3f} | {seconds:.3f}, {name} | "
                   f"{seconds / ours:.2f} | {share} |"
                   for name, seconds in row["seconds"].items() if name not in ("ours", "product")]
@@ -309,12 +314,25 @@ def conditions(found):
             f"{found['other programs']}.")
 
 
+def summary(found):
+    """The U-Nets' results in a sentence, from the slowest comparison to the fastest."""
+    rows, parts = [row for row in found["rows"] if row["FLOPs"]], []
+    for name in dict.fromkeys(name for row in rows for name in row["seconds"]):
+        if name not in ("ours", "product"):
+            ratios = [row["seconds"][name] / row["seconds"]["ours"] for row in rows
+                      if name in row["seconds"]]
+            parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} times as fast as {name}")
+    shares = [share_of(row) for row in rows]
+    return (f"Our U-Nets were {', '.join(parts)}, and reached {min(shares):.0f} to "
+            f"{max(shares):.0f} % of what a matrix product reaches.")
+
+
 def run(args):
     if args.diffusers and importlib.util.find_spec("diffusers") is None:
         raise ValueError("--diffusers compares with diffusers, which is not installed and not one "
                          "of our five packages; do `pip install diffusers`, or leave it out")
     found = measure(args.runs, args.diffusers)
-    print(conditions(found), table(found), switches_table(found), sep="\n\n")
+    print(conditions(found), table(found), summary(found), switches_table(found), sep="\n\n")
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

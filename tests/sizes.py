@@ -65,7 +65,8 @@ def totals(sampling, training):
 
 
 def main(argv=None):
-    argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False).parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.parse_args(argv)
     sampling, training = read()
     print(table(sampling, training), totals(sampling, training), sep="\n\n")
 
