@@ -639,7 +639,7 @@ def save_grid(pictures, path, columns):
 def autocast(device, dtype):
     """Weights stay in float32, products are computed in `dtype`; with float32 nothing happens.
 
-    For GPUs: on a CPU without bf16 units a toy step takes 5 to 15 % longer.
+    For GPUs: on a CPU without bf16 units a toy step takes 15 to 40 % longer.
     """
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
@@ -656,7 +656,7 @@ def channels_last(part):
 def recompute(part):
     """Activation checkpointing: keep each block's input alone, and compute the rest once more.
 
-    Training of a part then needs less memory and about a third more time.
+    Training of a part then needs less memory; a toy step takes 40 to 50 % longer.
     """
     for block in part.modules():
         if isinstance(block, (clip.Block, decoder.ResBlock, decoder.Attention)):
@@ -666,7 +666,7 @@ def recompute(part):
 def compile_blocks(part):
     """torch.compile, a Transformer block or a whole U-Net at a time.
 
-    On a CPU a toy step gains 5 % or nothing, and the first one takes a minute: off by default.
+    On a CPU a toy step gains nothing, and the first one takes a minute: off by default.
     """
     for module in part.modules():
         if isinstance(module, (clip.Block, decoder.UNet)):

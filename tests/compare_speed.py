@@ -1,15 +1,20 @@
 """What the layout of our networks is worth on a CPU: ratios of interleaved runs, in one process.
 
-    python tests/compare_speed.py [--runs 7]
+    python tests/compare_speed.py [--runs 7] [--diffusers] [--json pictures/speed.json]
 
 The U-Net against the same weights in ADM's and GLIDE's layout, written plainly: contiguous tensors,
 q, k, v and the context's keys and values each computed where they are used, attention as a matrix
-and a softmax, SiLU of the time embedding in every block. Both are checked to say the same. Then the
-switches of unclip.py, on a step of training of the toy's decoder and diffusion prior; and the
-autoregressive prior with its cache against without.
+and a softmax, SiLU of the time embedding in every block. With --diffusers (to be installed beside
+our five packages) also against diffusers' U-Net, given the same weights. All are checked to say the
+same. Then the switches of unclip.py, on a step of training of the toy's decoder and diffusion
+prior; and the autoregressive prior with its cache against without. A large matrix product takes its
+turn among the runs: its FLOP/s are the ceiling that shares are of.
 """
 import argparse
 import copy
+import datetime
+import importlib.util
+import json
 import os
 import sys
 import time
@@ -20,7 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import clip
 import decoder
 import diffusion
 import prior
@@ -118,33 +126,80 @@ def inputs(config, B):
             torch.arange(B) * 100, context)
 
 
-def compare_unet(config, B, runs):
-    """-> ours and plain, medians of seconds: forward, forward and backward."""
+def networks(config, B):
+    """The U-Net in both layouts, on the same inputs -> {name: (the network, its forward pass)}."""
     unet, (x, index, context) = settled(config), inputs(config, B)
     other, unet = unet, unclip.channels_last(copy.deepcopy(unet))
+    return {"ours": (unet, lambda: unet(x, index, None, unet.keys_values(context)
+                                        if context is not None else ())),
+            "ADM's layout written plainly": (other, lambda: plain_unet(other, x, index, context))}
 
-    def ours():
-        return unet(x, index, None, unet.keys_values(context) if context is not None else ())
 
-    def plain():
-        return plain_unet(other, x, index, context)
+def networks_of_diffusers(config, B):
+    """diffusers' U-Net of Karlo's decoder, ours with its weights -> as `networks`.
 
-    def backward(forward):
-        unet.zero_grad()
-        other.zero_grad()
+    config.groups must be 32 and its picture be looked at with a context.
+    """
+    from diffusers import UNet2DConditionModel
+    levels = len(config.mults)
+    looks = [config.size // 2 ** i in config.attention for i in range(levels)]
+    torch.manual_seed(0)
+    theirs = UNet2DConditionModel(
+        sample_size=config.size, in_channels=config.in_channels, out_channels=config.out_channels,
+        block_out_channels=[m * config.channels for m in config.mults],
+        layers_per_block=config.depth, attention_head_dim=config.head_channels,
+        cross_attention_dim=config.context_width, resnet_time_scale_shift="scale_shift",
+        down_block_types=["SimpleCrossAttnDownBlock2D" if look else "ResnetDownsampleBlock2D"
+                          for look in looks],
+        up_block_types=["SimpleCrossAttnUpBlock2D" if look else "ResnetUpsampleBlock2D"
+                        for look in reversed(looks)],
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn").train()
+    ours = decoder.UNet(config)
+    ours.load_state_dict(clip.rename(ours, theirs.state_dict(), decoder.DIFFUSERS_UNET,
+                                     "diffusers' U-Net"))
+    ours, last = unclip.channels_last(ours), unclip.channels_last(copy.deepcopy(theirs))
+    x, index, context = inputs(config, B)
+    x_last = x.contiguous(memory_format=torch.channels_last)
+    return {"ours": (ours, lambda: ours(x, index, None, ours.keys_values(context))),
+            "diffusers": (theirs, lambda: theirs(x, index, context).sample),
+            "diffusers, channels_last": (last, lambda: last(x_last, index, context).sample)}
+
+
+SIDE = 2048                                              # of the matrices whose product is timed
+
+
+def compare(ways, runs):
+    """{name: (network, forward pass)} -> a row for the forward pass, one for both passes.
+
+    A row is {"FLOPs": counted, "seconds": {name: median}}, "product" among the names.
+    """
+    matrix, out = torch.randn(SIDE, SIDE), {name: forward for name, (_, forward) in ways.items()}
+
+    def there_and_back(network, forward):
+        network.zero_grad()
         forward().square().mean().backward()
 
-    with torch.no_grad():
-        assert torch.allclose(ours(), plain(), atol=1e-4), "they must say the same"
-        sample = medians({"ours": ours, "plain": plain}, runs)
-    train = medians({"ours": lambda: backward(ours), "plain": lambda: backward(plain)}, runs)
-    return sample, train
+    back = {name: lambda way=way: there_and_back(*way) for name, way in ways.items()}
+    rows = []
+    for passes, calls in (("forward", out), ("forward and backward", back)):
+        with torch.set_grad_enabled(calls is back):
+            if calls is out:
+                first, *others = [forward() for forward in out.values()]
+                assert all(torch.allclose(first, o, atol=1e-4) for o in others), "they must agree"
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                calls["ours"]()                          # the CPU's fast kernel is not counted
+            rows.append({"passes": passes, "FLOPs": counter.get_total_flops(), "seconds": medians(
+                calls | {"product": lambda: matrix @ matrix}, runs)})
+    return rows
+
+
+SWITCHES = ("plain", "recompute", "bf16", "compile", "not foreach")
 
 
 def compare_switches(name, runs):
     """-> {switch: median seconds of a step of training}."""
     ways = {}
-    for switch in ("none", "recompute", "bf16", "compile", "AdamW and average not foreach"):
+    for switch in SWITCHES:
         torch.manual_seed(0)
         part = unclip.channels_last(unclip.PARTS[name](getattr(unclip.toy(), name)).train())
         if switch == "recompute":
@@ -181,36 +236,114 @@ def ar_config():
                                heads=4)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--runs", type=unclip.positive, default=7, help="of each, interleaved")
-    runs = parser.parse_args().runs
-    print(f"{unclip.machine('cpu')}, torch {torch.__version__}; a large matrix product: "
-          f"{unclip.matmul_ceiling('cpu', torch.float32) / 1e9:.0f} GFLOP/s")
+def measure(runs, with_diffusers):
+    """-> all that the README's tables need, and on what it was measured."""
     toy = unclip.toy()
     quarter = decoder.UNetConfig(size=32, channels=64, mults=(1, 2, 3, 4), depth=2,
                                  attention=(16, 8, 4), context_width=256)
-    for name, config, B in (("toy decoder", toy.decoder.unet, 16),
-                            ("toy upsampler 1", toy.upsampler1.unet, 4),
-                            ("64 channels, 4 levels", quarter, 2)):
-        for what, seconds in zip(("forward", "forward + backward"), compare_unet(config, B, runs)):
-            print(f"U-Net, {name}, batch {B}, {what}: {seconds['ours']:.3f} s, plain "
-                  f"{seconds['plain']:.3f} s, {seconds['plain'] / seconds['ours']:.2f} times "
-                  "as fast", flush=True)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    found = {"machine": unclip.machine("cpu"), "threads": torch.get_num_threads(),
+             "torch": torch.__version__, "date": datetime.date.today().isoformat(), "runs": runs,
+             "other programs": "what ran beside it cannot be known; programs that wanted a core "
+                               f"in the minute before: {'?' if load is None else f'{load:.1f}'}",
+             "rows": [], "steps of training": {}}
+    compared = [("U-Net of the toy's decoder, batch 16", networks(toy.decoder.unet, 16)),
+                ("U-Net of upsampler 1, batch 4", networks(toy.upsampler1.unet, 4)),
+                ("U-Net of 64 channels, 4 levels, batch 2", networks(quarter, 2))]
+    if with_diffusers:
+        import diffusers
+        found["diffusers"] = diffusers.__version__
+        compared.append(("the same U-Net, batch 2", networks_of_diffusers(quarter, 2)))
+    for what, ways in compared:
+        found["rows"] += [{"what": what} | row for row in compare(ways, runs)]
+        print(what, *found["rows"][-2:], sep="\n", flush=True)
     for name in ("decoder", "diffusion_prior"):
-        seconds = compare_switches(name, runs)
-        print(f"step of training, toy {name}, batch 16: " + ", ".join(
-            f"{switch} {value:.3f} s" for switch, value in seconds.items()), flush=True)
+        found["steps of training"][name] = compare_switches(name, runs)
+        print(f"a step of training, toy {name}:", found["steps of training"][name], flush=True)
     part = prior.ARPrior(ar_config()).eval()
     for B in (1, 4):
         text = unclip.random_text(part.config, B, "cpu", torch.float32)
-        seconds = medians({cached: lambda cached=cached: part.sample(
+        seconds = medians({name: lambda cached=cached: part.sample(
             text, cached=cached, generator=torch.Generator().manual_seed(0))
-            for cached in (True, False)}, min(runs, 3))
-        print(f"AR prior, 320 positions, 256 wide, batch {B}: {seconds[True]:.2f} s, without the "
-              f"cache {seconds[False]:.2f} s, {seconds[False] / seconds[True]:.1f} times as fast",
-              flush=True)
+            for name, cached in (("ours", True), ("without the cache", False))}, min(runs, 3))
+        found["rows"].append({"what": f"AR prior, 320 positions, batch {B}", "passes": "sampling",
+                              "FLOPs": None, "seconds": seconds})
+        print(found["rows"][-1], flush=True)
+    return found
+
+
+def ceiling(row):
+    """FLOP/s of the matrix product that took turns with a row's runs."""
+    return 2 * SIDE ** 3 / row["seconds"]["product"]
+
+
+def share_of(row):
+    """How much of that ceiling our network reaches, in percent."""
+    return 100 * row["FLOPs"] / row["seconds"]["ours"] / ceiling(row)
+
+
+def table(found):
+    """The comparisons as Markdown, a line for each against each."""
+    lines = ["| | seconds | against | times as fast | share of the ceiling |",
+             "|---|---|---|---|---|"]
+    for row in found["rows"]:
+        ours = row["seconds"]["ours"]
+        share = f"{share_of(row):.0f} %" if row["FLOPs"] else ""
+        lines += [f"| {row['what']}: {row['passes']} | {ours:.3f} | {seconds:.3f}, {name} | "
+                  f"{seconds / ours:.2f} | {share} |"
+                  for name, seconds in row["seconds"].items() if name not in ("ours", "product")]
+    return "\n".join(lines)
+
+
+def switches_table(found):
+    """Seconds of a step of training with each switch, as Markdown."""
+    lines = [f"| seconds of a step, batch 16 | {' | '.join(SWITCHES)} |",
+             "|---" * (1 + len(SWITCHES)) + "|"]
+    for name, seconds in found["steps of training"].items():
+        lines.append(f"| toy {name.replace('_', ' ')} | "
+                     + " | ".join(f"{seconds[switch]:.3f}" for switch in SWITCHES) + " |")
+    return "\n".join(lines)
+
+
+def conditions(found):
+    """On what, with what and when it was measured: a sentence."""
+    speeds = sorted(ceiling(row) / 1e9 for row in found["rows"] if row["FLOPs"])
+    beside = f", diffusers {found['diffusers']}" if "diffusers" in found else ""
+    return (f"{found['machine']}, torch {found['torch']}{beside}, {found['date']}; a large matrix "
+            f"product ran at {speeds[0]:.0f} to {speeds[-1]:.0f} GFLOP/s; "
+            f"{found['other programs']}.")
+
+
+def summary(found):
+    """The U-Nets' results in a sentence, from the slowest comparison to the fastest."""
+    rows, parts = [row for row in found["rows"] if row["FLOPs"]], []
+    for name in dict.fromkeys(name for row in rows for name in row["seconds"]):
+        if name not in ("ours", "product"):
+            ratios = [row["seconds"][name] / row["seconds"]["ours"] for row in rows
+                      if name in row["seconds"]]
+            parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} times as fast as {name}")
+    shares = [share_of(row) for row in rows]
+    return (f"Our U-Nets were {', '.join(parts)}, and reached {min(shares):.0f} to "
+            f"{max(shares):.0f} % of what a matrix product reaches.")
+
+
+def run(args):
+    if args.diffusers and importlib.util.find_spec("diffusers") is None:
+        raise ValueError("--diffusers compares with diffusers, which is not installed and not one "
+                         "of our five packages; do `pip install diffusers`, or leave it out")
+    found = measure(args.runs, args.diffusers)
+    print(conditions(found), table(found), summary(found), switches_table(found), sep="\n\n")
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--runs", type=unclip.positive, default=7, help="of each, interleaved")
+    parser.add_argument("--diffusers", action="store_true", help="against its U-Net, too")
+    parser.add_argument("--json", metavar="FILE", help="write what was measured there")
+    return unclip.stop_on_error(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

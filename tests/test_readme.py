@@ -5,14 +5,18 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import bugs
+import compare_speed
 import coursework
 import experiments
 import pytest
+import sizes
 import symbols
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import clip
 import decoder
@@ -112,6 +116,97 @@ def test_the_counts_of_exercises_and_bugs_are_right():
     assert f"each of the {len(bugs.BUGS)} bugs of the museum" in README
 
 
+def test_the_papers_sizes_are_those_that_the_benchmark_counted():
+    sampling, training = sizes.read()
+    assert sizes.table(sampling, training) in README, "put there what tests/sizes.py prints"
+    assert sizes.totals(sampling, training) in " ".join(README.split())
+
+
+@pytest.mark.parametrize("part", sizes.STATED)
+def test_the_counted_parameters_are_those_of_the_papers_networks(part):
+    built = unclip.build("paper", device="meta").parts[part]
+    size = sum(w.numel() for w in built.parameters())
+    for rows in sizes.read():
+        assert rows[part]["parameters"] == size, f"{part} is {size} large: run the benchmark again"
+        assert list(rows) == list(sizes.STATED) == list(unclip.PARTS)
+
+
+def test_the_reasons_for_other_sizes_are_counted():
+    """Built as each reason says, the network has the number that the reason states."""
+    def million(part):
+        return sum(w.numel() for w in part.parameters()) / 1e6
+
+    parts = unclip.build("paper", device="meta").parts
+    ar, stack = parts["ar_prior"], parts["diffusion_prior"].blocks
+    one, two = (parts[name].config.unet for name in ("upsampler1", "upsampler2"))
+    with torch.device("meta"):
+        added = decoder.UNet(replace(one, scale_shift=False))
+        looking = decoder.UNet(replace(two, size=256, attention=(32, 16, 8)))    # px of its crops
+    for part, said in [("diffusion_prior", f"{million(stack) / 1000:.2f} B"),
+                       ("ar_prior", f"{(million(ar) - million(ar.text)) / 1000:.2f} B"),
+                       ("ar_prior", f"{million(ar.text) / 1000:.2f} B"),
+                       ("upsampler1", f"{million(added):.0f} M"),
+                       ("upsampler2", f"{million(looking):.0f} M")]:
+        assert said in sizes.STATED[part][2], f"the reason at {part} should say {said}"
+
+
+def test_the_speeds_are_those_that_were_measured():
+    found = json.loads((ROOT / "pictures/speed.json").read_text(encoding="utf-8"))
+    for text in (compare_speed.table(found), compare_speed.switches_table(found)):
+        assert text in README, f"put there what compare_speed.py printed:\n{text}"
+    for text in (compare_speed.conditions(found), compare_speed.summary(found)):
+        assert text in " ".join(README.split()), f"put there: {text}"
+
+
+def test_a_share_is_the_counted_work_by_the_time_and_the_ceiling():
+    """A product of 2048 x 2048 in 1 s is 2 * 2048^3 FLOP/s; half of that work in 2 s, a fourth."""
+    row = {"what": "U-Net", "passes": "forward", "FLOPs": 2048 ** 3,
+           "seconds": {"ours": 2.0, "plain": 3.0, "product": 1.0}}
+    assert "| U-Net: forward | 2.000 | 3.000, plain | 1.50 | 25 % |" in compare_speed.table(
+        {"rows": [row]})
+
+
+def test_compare_counts_as_much_work_as_there_is(monkeypatch):
+    """A matrix of 8 x 6 applied to 5 rows: 2 * 8 * 6 * 5, backward as much for each of its inputs
+    (for the weight alone, where x wants no gradient)."""
+    monkeypatch.setattr(compare_speed, "SIDE", 4)
+    layer, x = torch.nn.Linear(6, 8, bias=False), torch.randn(5, 6)
+    ways = {name: (layer, lambda: layer(x)) for name in ("ours", "another")}
+    forward, both = compare_speed.compare(ways, 1)
+    assert (forward["FLOPs"], both["FLOPs"]) == (480, 960)
+    assert set(both["seconds"]) == {"ours", "another", "product"}
+    ways["another"] = (layer, lambda: layer(x) + 1)
+    with pytest.raises(AssertionError, match="must agree"):
+        compare_speed.compare(ways, 1)
+
+
+SMALL = decoder.UNetConfig(size=8, channels=32, mults=(1, 2), attention=(8, 4), head_channels=32,
+                           context_width=32)
+
+
+def test_the_plain_layout_says_the_same_and_takes_as_much_work():
+    ways = compare_speed.networks(SMALL, 2)
+    work = compare_speed.compare(ways, 1)[0]["FLOPs"]        # raises where outputs differ
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ways["ADM's layout written plainly"][1]()            # einsums only: each is counted
+    assert work == counter.get_total_flops(), "is attention's fast kernel left out?"
+
+
+@pytest.mark.slow
+def test_the_unet_of_diffusers_says_the_same_with_the_same_weights():
+    pytest.importorskip("diffusers")
+    forward, both = compare_speed.compare(compare_speed.networks_of_diffusers(SMALL, 2), 1)
+    assert forward["FLOPs"] < both["FLOPs"]
+
+
+def test_compare_speed_says_in_a_sentence_that_diffusers_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(compare_speed.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        compare_speed.main(["--diffusers"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: --diffusers") and said.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["candidates", "enlarging"])
 def test_an_experiment_is_measured(name, tmp_path, monkeypatch, capsys):
@@ -133,7 +228,8 @@ SHORT = {"sample": [*FEW, "--prior-steps", "2", "--rerank", "1"], "variations": 
          "evaluate": ["--captions", "5", "--ways", "caption alone"]}
 NOT_HERE = {"photo.jpg \"a cat\"": "ViT-L-14.pt",         # OpenAI's weights are not ours
             "--device cuda": "there is no device"}
-ANEW = ("tests/experiments.py", "tests/symbols.py", "train_toy.py figures", "train_toy.py gallery")
+ANEW = ("tests/experiments.py", "tests/symbols.py", "tests/compare_speed.py",
+        "train_toy.py figures", "train_toy.py gallery")
 
 
 def commands():
@@ -160,7 +256,8 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
             picture.save(tmp_path / name)
         (tmp_path / f"FOLDER/{i}.txt").write_text(train_toy.caption(scene))
     mains = {"unclip.py": unclip.main, "train_toy.py": train_toy.main, "tests/bugs.py": bugs.main,
-             "tests/coursework.py": coursework.main, "tests/experiments.py": experiments.main}
+             "tests/coursework.py": coursework.main, "tests/experiments.py": experiments.main,
+             "tests/compare_speed.py": compare_speed.main, "tests/sizes.py": sizes.main}
     assert len(commands()) > 25
     for command in commands():
         _, file, *words = shlex.split(command.split(" > ")[0])
