@@ -7,6 +7,7 @@ exception, a wrong shape or dtype, a changed argument and an endless loop are on
     pytest --impl mine.py            the quick tests that call these functions
     pytest --impl mine.py --slow     and all that train or draw with the committed weights
     pytest --touches                 find out which test calls which function -> tests/touches.json
+    pytest --long                    our own suite with the tests that take long
 """
 import contextlib
 import copy
@@ -32,6 +33,8 @@ def pytest_addoption(parser):
                     "what a test may take (of CPU time) before it is called an endless loop")
     group.addoption("--touches", action="store_true", help="write tests/touches.json: which quick "
                     "test calls which exercise")
+    group.addoption("--long", action="store_true", help="run the tests that are marked long too; "
+                    "without it they run if their file or name is given")
 
 
 def pytest_configure(config):
@@ -51,6 +54,14 @@ def pytest_configure(config):
 def is_ours(item):
     """Is this a test of what no student writes: the README's numbers?"""
     return item.get_closest_marker("ours") is not None
+
+
+def pytest_collection_modifyitems(config, items):
+    """`pytest` alone takes three minutes, not ten."""
+    if not config.getoption("long") and config.args_source is config.ArgsSource.TESTPATHS:
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
 
 
 def test_name(nodeid):

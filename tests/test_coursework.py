@@ -18,7 +18,7 @@ import diffusion
 
 TESTS = Path(__file__).parent
 
-pytestmark = pytest.mark.slow                     # they run the suite within the suite
+pytestmark = [pytest.mark.slow, pytest.mark.long]     # they run the suite within the suite
 
 
 def grade(impl, *tests, path=bugs.__file__, slow=False, seconds=20.0, stop=True):

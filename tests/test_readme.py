@@ -239,6 +239,7 @@ def commands():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_command_runs(tmp_path, monkeypatch, capsys):
     """In one folder, one after the other, as a reader would; ANEW, whose work the tests of what
     they write repeat, only explain themselves."""

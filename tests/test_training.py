@@ -218,6 +218,7 @@ def by_one_and_two(tmp_path_factory):
     return one, torch.load(file)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", [*train_toy.STAGES, "decoder by Muon"])
 def test_two_processes_lose_what_one_loses_with_the_same_batch(by_one_and_two, case):
     """Shards, clipping, averages, the contrastive loss over the whole batch, all draws: alike."""
@@ -232,6 +233,7 @@ def test_two_processes_lose_what_one_loses_with_the_same_batch(by_one_and_two, c
     assert max(far) < moved, "further apart than these steps can move anything"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", [*train_toy.STAGES, "decoder by Muon"])
 def test_two_processes_resume_to_the_same_weights(by_one_and_two, case):
     _, two = by_one_and_two
@@ -240,6 +242,7 @@ def test_two_processes_resume_to_the_same_weights(by_one_and_two, case):
         assert torch.equal(w, two[f"{case} weights resumed"][key]), f"{key} differs"
 
 
+@pytest.mark.long
 def test_torchrun_trains_is_killed_and_resumes(finished, tmp_path):
     """As a user would start it; the losses are those of the run by one process."""
     command = ROOT / "train_toy.py", *TINY, "--only", "decoder", "--out", str(tmp_path)
@@ -301,6 +304,7 @@ def small_paper():
     return config
 
 
+@pytest.mark.long
 def test_the_papers_preset_trains_by_the_same_loop(tmp_path, command, monkeypatch):
     """Its settings, in bfloat16 and recomputing; then one part over the CLIP that is there."""
     monkeypatch.setitem(unclip.PRESETS, "paper", small_paper())
@@ -439,6 +443,7 @@ def committed():
     return unclip.load(WEIGHTS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", train_toy.FINDINGS)
 def test_every_finding_draws_a_figure_and_says_its_numbers(name, committed, tmp_path, monkeypatch):
     for constant, few in {"SEEDS": 2, "PICTURES": 4, "STEPS": 3}.items():
