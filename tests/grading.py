@@ -318,10 +318,13 @@ class Grader:
 
 def a_call(name, ours, args, options):
     """A call in words: "diffusion.ddim_step with x_t (2, 3), t = 4, s = 3, eta = 1.5"."""
+    import torch
+
     def show(key, x):
-        if not hasattr(x, "shape"):
-            return f"{key} = {x}" if isinstance(x, (int, float, str, list, type(None))) else key
-        return f"{key} = {x.tolist()}" if x.numel() < 4 else f"{key} {tuple(x.shape)}"
+        if torch.is_tensor(x):
+            few = x.numel() < 4 and x.device.type == "cpu"
+            return f"{key} = {x.tolist()}" if few else f"{key} {tuple(x.shape)}"
+        return f"{key} = {x!r:.40}" if isinstance(x, (int, float, str, type(None))) else key
     given = inspect.signature(getattr(ours, "__func__", ours)).bind(*args, **options).arguments
     words = [show(key, x) for key, x in given.items() if key not in ("self", "cls")]
     return f"{name} with {', '.join(words)}" if words else name

@@ -216,7 +216,8 @@ def test_tests_of_the_readme_grade_nobody():
     class Names:
         def pytest_collection_finish(self, session):
             self.found = {grading.test_name(item.nodeid) for item in session.items}
-    names, grader = Names(), grading.Grader({"diffusion.like": diffusion.like}, "mine.py", slow=True)
+    names = Names()
+    grader = grading.Grader({"diffusion.like": diffusion.like}, "mine.py", slow=True)
     pytest.main(["-p", "no:terminal", "-p", "no:cacheprovider", "--collect-only", str(TESTS)],
                 plugins=[grader, names])
     assert any(n.startswith("test_unclip") for n in names.found)
