@@ -568,7 +568,7 @@ STAGES = {
     "ar_prior": Stage(steps=1000, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.04, beta2=0.96,
                       ema=0.99),
     "decoder": Stage(steps=7000, batch=32, lr=2e-3, muon=6e-3, ema=0.99),
-    "upsampler1": Stage(steps=500, batch=32, lr=2e-3, muon=3e-3, ema=0.99),
+    "upsampler1": Stage(steps=3000, batch=16, lr=2e-3, muon=6e-3, ema=0.99),
     "upsampler2": Stage(steps=700, batch=8, lr=2e-3, muon=3e-3, ema=0.99),
 }
 # The paper's table 3, which states no schedule and no warm-up; for CLIP appendix C and Radford et

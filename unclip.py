@@ -92,7 +92,7 @@ def toy():
         decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, channels=16,
                                                    mults=(1, 1), groups=4),
                                 schedule="linear", corruption="bsr", velocity=True),
-        Sampling(guidance=2.0, decoder_steps=50, upsampler_steps=(10, 4), rerank=4))
+        Sampling(guidance=2.0, decoder_steps=25, upsampler_steps=(10, 4), rerank=4))
 
 
 def karlo():
