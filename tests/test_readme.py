@@ -224,7 +224,8 @@ FEW = ["--decoder-steps", "2", "--upsampler-steps", "1", "1"]
 SHORT = {"sample": [*FEW, "--prior-steps", "2", "--rerank", "1"], "variations": [*FEW, "-n", "2"],
          "interpolate": [*FEW, "-n", "2"], "edit": [*FEW, "-n", "2"],
          "benchmark": ["--limit-seconds", "0.01"],
-         "train": ["--groups", "30", "--steps-scale", "0.0005"], "figures": ["--only", "priors_cost"],
+         "train": ["--groups", "30", "--steps-scale", "0.0005"],
+         "figures": ["--only", "priors_cost"],
          "evaluate": ["--captions", "5", "--ways", "caption alone"]}
 NOT_HERE = {"ViT-L-14.pt": "ViT-L-14.pt",                 # real weights are not ours; what they
             "image-variations/": "there is no file",      # do, test_checkpoints.py does with others
