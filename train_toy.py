@@ -917,23 +917,22 @@ def run(args):
     """Train the stack, part after part, into the folder args.out; or go on where a run stopped."""
     share = rank, processes = join(args.device)
     out, file = Path(args.out), Path(args.out) / "state.pt"
-    usual = {"preset": "toy", "batch": 0, "dtype": "fp32", "vocab": "", "spread": False}
     about = {"seed": args.seed, "steps_scale": args.steps_scale, "data": args.data or "",
-             "groups": args.groups, "sam": args.sam} | usual
-    about.update(preset=args.preset, batch=args.batch or 0, dtype=args.dtype,
-                 vocab=args.vocab or "", spread=processes > 1)
+             "groups": args.groups, "sam": args.sam, "preset": args.preset,
+             "batch": args.batch or 0, "dtype": args.dtype, "vocab": args.vocab or "",
+             "spread": processes > 1}
     if args.sam and processes > 1:
         raise ValueError("--sam is for one process: the paper's replicas perturb one by one")
     state = {"format": "unclip run 1", "about": about, "done": {}, "current": {}, "losses": {},
              "seconds": {}}
     if args.resume:
         state = unclip.read_checkpoint(file, "unclip run 1")
-        before = usual | state["about"]
+        before = state["about"]
         halfway = bool(state["current"]) or any(saved_shards(out, name) for name in STAGES
                                                 if name not in state["done"])
         free = () if halfway else ("batch", "dtype", "spread")      # each part may have its own
-        if any(before[key] != about[key] for key in about if key not in free):
-            raise ValueError(f"{file} is of a run with {state['about']}, got {about}; resume with "
+        if any(before.get(key) != about[key] for key in about if key not in free):
+            raise ValueError(f"{file} is of a run with {before}, got {about}; resume with "
                              "the settings it began with, or choose another --out")
         if before != about:
             state["about"] = about

@@ -647,8 +647,7 @@ def autocast(device, dtype):
 def channels_last(part):
     """Convolutions' weights in the order of memory that a U-Net's pictures have.
 
-    In the other order every call puts them into this one again: forward and backward of a U-Net of
-    64 channels took 0.97 s so, and 0.74 s with this (one CPU thread, tests/compare_speed.py's).
+    In the other order every call puts them into this one again.
     """
     return part.to(memory_format=torch.channels_last)
 
@@ -880,9 +879,9 @@ def benchmark_stage(name, kind, config, args, device, dtype):
     if needs > free_memory(device):
         row["note"] = f"may not fit: {free_memory(device) / 1e9:.1f} GB are free"
     with torch.device(device):
-        part = kind(config)
-    reset_peak_memory(device)
-    channels_last(part)
+        part = channels_last(kind(config))
+    part = part.train() if args.train else part.eval().to(dtype)
+    reset_peak_memory(device)                            # making them took float32
     if args.recompute:
         recompute(part)
     if args.compile:
@@ -890,11 +889,11 @@ def benchmark_stage(name, kind, config, args, device, dtype):
     with torch.set_grad_enabled(args.train):
         try:
             if args.train:
-                loss = training_loss(name, part.train(), args.batch, device)
+                loss = training_loss(name, part, args.batch, device)
                 step = training_step(part, loss, device, dtype)
             else:
-                step, _ = sampling_work(name, part.eval().to(dtype),
-                                        PRESETS[args.preset].sampling, args.batch, device, dtype)
+                step, _ = sampling_work(name, part, PRESETS[args.preset].sampling, args.batch,
+                                        device, dtype)
             step()                                       # warms up, and compiles
             seconds = seconds_of(step, device, args.limit_seconds, max(3, steps))
         except torch.OutOfMemoryError:

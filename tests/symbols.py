@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- symbols -->", "<!-- end of symbols -->"
 
 SYMBOLS = (                     # letter, what it is, our name, file, the line that introduces it
-    ("x", "a picture, in [-1, 1]", "x0", "decoder.py", "def loss(self, x0, z_i, text, share=(0, 1)):"),
+    ("x", "a picture, in [-1, 1]", "x0", "decoder.py", "def loss(self, x0, z_i, text"),
     ("y", "a caption", "text", "clip.py", "class Text(NamedTuple):"),
     ("z_i", "CLIP's embedding of a picture", "z_i", "clip.py", "def encode_image(self, images):"),
     ("z_t", "CLIP's embedding of a caption", "z_t", "clip.py", "def encode_text(self, tokens):"),

@@ -44,6 +44,16 @@ def test_bf16_is_close_to_float32():
         assert len(train_toy.read(x).things) in (1, 2)
 
 
+def expect_no_waiting(step):
+    """step() a first time, which may wait, and once more, where that is an error."""
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("name", ["diffusion_prior", "decoder", "upsampler1", "upsampler2"])
 def test_a_step_of_sampling_does_not_wait_for_the_gpu(name):
     """What the loop does from one step to the next, with synchronising forbidden."""
@@ -51,12 +61,7 @@ def test_a_step_of_sampling_does_not_wait_for_the_gpu(name):
         part = unclip.PARTS[name](getattr(unclip.toy(), name)).eval()
     step, _ = unclip.sampling_work(name, part, unclip.toy().sampling, 2, "cuda", torch.float32)
     with torch.no_grad():
-        step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        expect_no_waiting(step)
 
 
 @pytest.mark.parametrize("name", unclip.PARTS)
@@ -66,13 +71,7 @@ def test_a_step_of_training_does_not_wait_for_the_gpu(name):
     if name in ("decoder", "upsampler1", "upsampler2"):
         part.config.velocity = False                     # the paper's presets say eps
     loss = unclip.training_loss(name, part, 4, "cuda")
-    step = unclip.training_step(part, loss, "cuda", torch.bfloat16)
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    expect_no_waiting(unclip.training_step(part, loss, "cuda", torch.bfloat16))
 
 
 @pytest.mark.skipif(ROOM < 24e9, reason="needs 24 GB")
