@@ -21,7 +21,8 @@ import textwrap
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle threads sleep, not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch; see unclip.py
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def pytest_addoption(parser):
