@@ -444,6 +444,7 @@ class CLIPConfig:
     text_layers: int = 3            # 24
     text_heads: int = 4             # 16 (not in the paper: width / 64)
     activation: str = "quick_gelu"  # x sigmoid(1.702 x), as in OpenAI's CLIP; or gelu
+    apart: float = 0.0              # weight of the loss `apart` in training; the toy's only
     pixel_mean: tuple = PIXEL_MEAN  # what the image encoder subtracts from pixels in [0, 1]
     pixel_std: tuple = PIXEL_STD    # and divides by
 
@@ -579,6 +580,18 @@ def clip_loss(image_emb, text_emb, scale, caption_ids=None):
     answer = (caption_ids[:, None] == caption_ids[None, :]).to(logits)     # (B, B), symmetric
     answer = answer / answer.sum(1, keepdim=True)                  # rows sum to 1
     return (F.cross_entropy(logits, answer) + F.cross_entropy(logits.T, answer)) / 2
+
+
+def apart(image_emb, text_emb, caption_ids, scale=80.0):
+    """How alike each encoder finds what has different captions: `clip_loss` of each with itself.
+
+    As in `clip_loss`; -> scalar in nats. A small CLIP stands still for long before "a red circle
+    above a blue square" and its swapped rivals: while pictures do not show the difference captions
+    forget it, and the other way round. Pushed apart for their own sake (uniformity, Wang and Isola
+    2020) each side keeps the difference until the other has found it. At a small scale, 15, they
+    are pushed further than the difference is worth, and embeddings become hard to read.
+    """
+    return sum(clip_loss(z, z, scale, caption_ids) for z in (image_emb, text_emb))
 
 
 def sam_backward(loss_fn, parameters, rho):

@@ -364,16 +364,15 @@ class ARPrior(nn.Module):
         prefix = x = self.start(text.z_t, dot)                                 # (B', 2, W)
         size = context.shape[1] + 1 + c.components
         caches = [clip.Cache(size) for _ in self.blocks] if cached else None
-        codes = []
+        noise = torch.rand(c.components, B, c.buckets, generator=generator, device=at)
+        gumbel = -(-noise.clamp(min=1e-20).log()).log()                        # (K, B, buckets)
+        gumbel, codes = gumbel.to(device, non_blocking=True), []
         for k in tqdm(range(c.components), desc=progress, leave=False, disable=progress is None):
             logits = self.run(x, None if cached and k else context, caches)    # (B', n, buckets)
             logits = logits[:, -1].float()                                     # (B', buckets)
             if guidance != 1:
                 logits = diffusion.guide(*logits.chunk(2), guidance)           # (B, buckets)
-            noise = torch.rand(B, c.buckets, generator=generator, device=at).clamp(min=1e-20)
-            gumbel = -(-noise.log()).log()
-            gumbel = gumbel.to(device, non_blocking=True)
-            codes.append((logits / temperature + gumbel).argmax(1))            # (B,)
+            codes.append((logits / temperature + gumbel[k]).argmax(1))         # (B,)
             if k + 1 < c.components:
                 new = self.code(codes[-1].repeat(len(prefix) // B)) + self.pos[2 + k]     # (B', W)
                 x = new[:, None] if cached else torch.cat([x, new[:, None]], dim=1)

@@ -440,14 +440,25 @@ def rivals(rng, two):
 
 
 class World:
-    """Scenes of the toy world to train on: groups of four rivals, easy ones (one thing) first."""
-    group, easy = 4, 0.3
+    """Scenes of the toy world to train on, in groups of four rivals. The first fifth has one thing,
+    in the first two thirds captions say "left of" and "above", but not yet "right of" and "below".
+    """
+    group, one, plain = 4, 0.2, 0.65
 
     def __init__(self, groups, seed=0):
-        rng = random.Random(seed)
-        self.scenes = [scene for i in range(groups)
-                       for scene in rivals(rng, two=i >= self.easy * groups)]
+        rng, self.scenes = random.Random(seed), []
+        for i in range(groups):
+            scenes = rivals(rng, two=i >= self.one * groups)
+            self.scenes += [s.canonical() for s in scenes] if i < self.plain * groups else scenes
         self.captions = [caption(scene) for scene in self.scenes]
+
+    def lesson(self, progress):
+        """Which first share of the groups CLIP sees when so much of its training is over (0..1).
+
+        "A below B" is "B above A". A CLIP that meets both at once has to find out at the same time
+        what pictures show and which words mean the same, and for long learns neither.
+        """
+        return self.one if progress < 0.1 else self.plain if progress < 0.35 else 1.0
 
     def pictures(self, rows, size):
         """rows, a list of indices -> (B, 3, size, size) in [-1, 1]."""
@@ -460,7 +471,7 @@ class Folder:
     Resized and centre-cropped to the size asked for; unreadable pairs are skipped and counted.
     ValueError if fewer than two are left.
     """
-    group, easy = 1, 1.0
+    group = 1
 
     def __init__(self, folder):
         pictures = [p for p in sorted(Path(folder).glob("*"))
@@ -481,6 +492,10 @@ class Folder:
                              "at least 2 are needed")
         print(f"{len(self.paths)} captioned pictures in {folder}, "
               f"{len(pictures) - len(self.paths)} skipped")
+
+    def lesson(self, progress):
+        """No picture is known to be easier than another."""
+        return 1.0
 
     def pictures(self, rows, size):
         """rows, a list of indices -> (B, 3, size, size) in [-1, 1]."""
@@ -562,7 +577,7 @@ class Stage:
 
 
 STAGES = {
-    "clip": Stage(steps=1900, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.1, beta2=0.98),
+    "clip": Stage(steps=2000, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.1, beta2=0.98),
     "diffusion_prior": Stage(steps=500, batch=128, lr=1e-3, muon=3e-3, weight_decay=0.06,
                              beta2=0.96, ema=0.99),
     "ar_prior": Stage(steps=1000, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.04, beta2=0.96,
@@ -617,12 +632,14 @@ def batch_loss(name, model, data, batch, progress, share=(0, 1)):
     """
     rank, processes = share
     if name == "clip":
-        rows = data.rivals(batch, data.source.easy if progress < 0.1 else 1.0)
+        rows = data.rivals(batch, data.source.lesson(progress))
         ids, rows = data.to_device(data.ids[rows]), rows.chunk(processes)[rank]
         tokens = data.to_device(data.tokens[rows, :data.mask[rows].sum(1).max()])
         z_i, z_t = (gather(z, share) for z in model(data.small(rows, data.size), tokens))
         with unclip.autocast(data.device, torch.float32):              # the loss is not rounded
-            return clip.clip_loss(z_i, z_t, model.scale(), ids)
+            loss = clip.clip_loss(z_i, z_t, model.scale(), ids)
+            weight = model.config.apart
+            return loss + weight * clip.apart(z_i, z_t, ids) if weight else loss
     if name.startswith("upsampler"):
         size = model.config.unet.size
         crops = 4 if size > 64 else 1             # of each picture: large ones take long to draw
@@ -689,8 +706,10 @@ def expectation(name, model, data, batch):
     if name == "clip":
         same = data.ids[data.rivals(batch)]
         floor = (same[:, None] == same[None, :]).sum(1).log().mean()
-        return (f"from log({batch}) = {math.log(batch):.2f}; equal captions put the floor at "
-                f"{floor:.2f}")
+        losses = 1 + 2 * model.config.apart       # each of them between the same two numbers
+        times = f"{losses:g} log({batch})" if losses > 1 else f"log({batch})"
+        return (f"from {times} = {losses * math.log(batch):.2f}; equal captions put the floor at "
+                f"{losses * floor:.2f}")
     if name == "ar_prior":
         return f"from log({model.config.buckets}) = {math.log(model.config.buckets):.2f}, a guess"
     torch.manual_seed(0)

@@ -78,7 +78,7 @@ def toy():
         clip.CLIPConfig(embed_dim=64, image_size=32, patch=4, image_width=96, image_layers=3,
                         image_heads=3, vocab_size=600, context=20, text_width=128, text_layers=3,
                         text_heads=4, activation="gelu", pixel_mean=(1.0,) * 3,   # white is 0
-                        pixel_std=(0.33,) * 3),
+                        pixel_std=(0.33,) * 3, apart=1.0),
         prior.DiffusionPriorConfig(embed_dim=64, context=20, width=128, layers=4, heads=4),
         prior.ARPriorConfig(embed_dim=64, context=20),
         decoder.DecoderConfig(
@@ -87,10 +87,10 @@ def toy():
             embed_dim=64, context=20, text_width=64, text_layers=2, text_heads=2,
             velocity=True),
         decoder.UpsamplerConfig(decoder.UNetConfig(size=64, in_channels=6, channels=32,
-                                                   mults=(1, 1), groups=8),
+                                                   mults=(1, 1), groups=2),
                                 velocity=True),
         decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, channels=16,
-                                                   mults=(1, 1), groups=4),
+                                                   mults=(1, 1), groups=2),
                                 schedule="linear", corruption="bsr", velocity=True),
         Sampling(guidance=2.0, decoder_steps=25, upsampler_steps=(10, 4), rerank=4))
 

@@ -536,6 +536,25 @@ def test_the_loss_starts_at_log_B_and_ends_at_zero():
     assert abs(clip.clip_loss(perfect, perfect, 100.0, ids) - floor) < 1e-6
 
 
+def test_apart_pushes_embeddings_of_different_captions_apart_and_of_equal_ones_together():
+    """B orthogonal rows: each among B - 1 at cosine 0, so log(1 + (B - 1) e^-s) from each side."""
+    B, s, ids = 7, 5.0, torch.arange(7)
+    spread, alike = torch.eye(B, dtype=torch.float64), torch.ones(B, B, dtype=torch.float64)
+    want = math.log(1 + (B - 1) * math.exp(-s))
+    assert abs(clip.apart(spread, spread, ids, s) - 2 * want) < 1e-9, "pictures, and captions"
+    alike = clip.unit(alike)
+    assert abs(clip.apart(alike, alike, ids, s) - 2 * math.log(B)) < 1e-9
+    assert abs(clip.apart(spread, alike, ids, s) - want - math.log(B)) < 1e-9
+    assert clip.apart(alike, alike, 0 * ids, s) == clip.apart(alike, alike, 0 * ids, 2 * s), \
+        "captions that are all equal: no way is pushed, whatever the scale"
+    ids = torch.tensor([0, 0, 1])                     # rows 0 and 1 are of one caption
+    z = clip.unit(torch.eye(3, dtype=torch.float64) + 0.3).requires_grad_()     # all equally near
+    clip.apart(z, z.detach(), ids, s).backward()
+    moved = clip.unit(z.detach() - 1e-3 * z.grad)
+    before, after = (x @ x.T for x in (z.detach(), moved))
+    assert after[0, 1] > before[0, 1] and after[0, 2] < before[0, 2] and after[1, 2] < before[1, 2]
+
+
 @torch.no_grad()
 def test_a_fresh_clip_knows_nothing():
     torch.manual_seed(0)

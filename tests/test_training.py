@@ -50,8 +50,18 @@ def test_groups_of_rivals_differ_in_one_respect_and_never_leave_the_training_set
         for scene in (first, *others):
             assert train_toy.split(scene) == "train", train_toy.caption(scene)
     world = train_toy.World(50, seed=1)
-    assert all(len(s.things) == 1 for s in world.scenes[:4 * 15])
     assert len(world.captions) == 200
+
+
+def test_lessons_begin_with_one_thing_and_the_relations_follow_two_by_two():
+    world, seen = train_toy.World(100, seed=1), []
+    for progress in (0.0, 0.2, 0.9):
+        scenes = world.scenes[:4 * round(100 * world.lesson(progress))]
+        seen.append({s.relation for s in scenes})
+    assert seen == [{""}, {"", "left of", "above"}, {"", *train_toy.MIRROR}]
+    for scene, text in zip(world.scenes, world.captions):        # told otherwise, not drawn so
+        assert train_toy.agrees(train_toy.parse(text), scene)
+    assert train_toy.Folder.lesson(None, 0.0) == 1.0, "of the user's pictures all, from the start"
 
 
 def test_what_is_trained_on_matches_its_caption(world):
@@ -411,7 +421,8 @@ def test_training_says_what_loss_to_expect(embedded, committed):
     model, data = embedded
     said = {name: train_toy.expectation(name, train_toy.make_part(name, model, data, 0), data, 16)
             for name in train_toy.STAGES}
-    assert "log(16) = 2.77" in said["clip"] and "a guess" in said["ar_prior"]
+    assert "3 log(16) = 8.32" in said["clip"], "pictures and captions, each of them with itself"
+    assert "a guess" in said["ar_prior"]
     for name, least, most in (("diffusion_prior", 0.0, 0.2889), ("decoder", 0.0, 1.0)):
         low, high = (float(x) for x in re.search(r"between ([\d.]+) and ([\d.]+)",
                                                  said[name]).groups())
