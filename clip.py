@@ -588,8 +588,8 @@ def apart(image_emb, text_emb, caption_ids, scale=80.0):
     As in `clip_loss`; -> scalar in nats. A small CLIP stands still for long before "a red circle
     above a blue square" and its swapped rivals: while pictures do not show the difference captions
     forget it, and the other way round. Pushed apart for their own sake (uniformity, Wang and Isola
-    2020) each side keeps the difference until the other has found it. At a small scale, 15, they
-    are pushed further than the difference is worth, and embeddings become hard to read.
+    2020) each side keeps the difference until the other has found it. At most 2 log(B) for B
+    different captions, where all is one; 0 where all are far apart.
     """
     return sum(clip_loss(z, z, scale, caption_ids) for z in (image_emb, text_emb))
 

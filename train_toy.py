@@ -706,10 +706,10 @@ def expectation(name, model, data, batch):
     if name == "clip":
         same = data.ids[data.rivals(batch)]
         floor = (same[:, None] == same[None, :]).sum(1).log().mean()
-        losses = 1 + 2 * model.config.apart       # each of them between the same two numbers
-        times = f"{losses:g} log({batch})" if losses > 1 else f"log({batch})"
-        return (f"from {times} = {losses * math.log(batch):.2f}; equal captions put the floor at "
-                f"{losses * floor:.2f}")
+        most, apart = math.log(batch), 2 * model.config.apart
+        more = f", and at most {apart * most:.2f} for what lies too near" if apart else ""
+        return (f"from log({batch}) = {most:.2f}{more}; equal captions put the floor at "
+                f"{(1 + apart) * floor:.2f}")
     if name == "ar_prior":
         return f"from log({model.config.buckets}) = {math.log(model.config.buckets):.2f}, a guess"
     torch.manual_seed(0)

@@ -421,7 +421,7 @@ def test_training_says_what_loss_to_expect(embedded, committed):
     model, data = embedded
     said = {name: train_toy.expectation(name, train_toy.make_part(name, model, data, 0), data, 16)
             for name in train_toy.STAGES}
-    assert "3 log(16) = 8.32" in said["clip"], "pictures and captions, each of them with itself"
+    assert "from log(16) = 2.77, and at most 5.55" in said["clip"], "2 log(16) by clip.apart"
     assert "a guess" in said["ar_prior"]
     for name, least, most in (("diffusion_prior", 0.0, 0.2889), ("decoder", 0.0, 1.0)):
         low, high = (float(x) for x in re.search(r"between ([\d.]+) and ([\d.]+)",
