@@ -438,7 +438,7 @@ class CLIPConfig:
     image_width: int = 128          # 1280
     image_layers: int = 3           # 32
     image_heads: int = 4            # 20 (not in the paper: width / 64)
-    vocab_size: int = 600           # 49408; the last id is the end token
+    vocab_size: int = 600           # 49408; len(tokenizer), as the last id is the end token
     context: int = 16               # tokens, 77
     text_width: int = 128           # 1024
     text_layers: int = 3            # 24
@@ -453,7 +453,7 @@ def waves(rows, columns, width):
     """Places on a grid as sinusoids, half the width for the row, half for the column.
 
     -> (rows * columns, width). Positions are learned, but start here: near places are alike at
-    once, and a small CLIP finds left and right. (CLIP's start is noise, std 0.01.)
+    once, and a small CLIP finds left and right. (CLIP's start is noise, std width^-0.5.)
     """
     down, across = (diffusion.sinusoid(torch.arange(n), width // 2) for n in (rows, columns))
     grid = [down[:, None].expand(-1, columns, -1), across[None].expand(rows, -1, -1)]
@@ -483,7 +483,10 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A causal Transformer, read out at the end token, the first that saw the whole caption."""
+    """A causal Transformer, read out at the end token, the first that saw the whole caption.
+
+    Surprise: a caption without end token (of a tokenizer of another size) is read at its start.
+    """
 
     def __init__(self, c):
         super().__init__()
@@ -491,7 +494,7 @@ class TextEncoder(nn.Module):
         self.end = c.vocab_size - 1
         self.tok = nn.Embedding(c.vocab_size, W)
         self.pos = nn.Parameter(diffusion.sinusoid(torch.arange(c.context), W) * 0.1)
-        nn.init.normal_(self.tok.weight, std=0.1)
+        nn.init.normal_(self.tok.weight, std=0.1)            # CLIP's start with std 0.01 and 0.02
         self.blocks = blocks(c.text_layers, W, c.text_heads, activation=c.activation)
         self.ln_out = nn.LayerNorm(W)
         self.proj = nn.Parameter(torch.randn(W, c.embed_dim) * W ** -0.5)
@@ -997,7 +1000,7 @@ def main(arguments=None):
         tokens = tokenizer(args.captions, model.config.context).to(args.device)
         for share, caption in zip(zero_shot(model, picture, tokens)[0].tolist(), args.captions):
             print(f"{share:7.2%}  {caption}")
-    except (ValueError, OSError, RuntimeError) as error:           # RuntimeError: no such device
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # no such device
         print(f"clip.py: {first_line(error)}", file=sys.stderr)
         return 2
     return 0

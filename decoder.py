@@ -79,6 +79,9 @@ class Attention(nn.Module):
 
     def __init__(self, channels, head_channels, context_width, groups=32):
         super().__init__()
+        if channels % head_channels:
+            raise ValueError(f"expected channels at attention to be a multiple of head_channels, "
+                             f"got {channels} and {head_channels}")
         self.heads = channels // head_channels
         self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -209,14 +212,19 @@ class UNet(nn.Module):
 # ---------------------------------------------------------------- decoder
 
 
+def small_decoder_unet():
+    return UNetConfig(attention=(8, 4), context_width=128)
+
+
 @dataclass
 class DecoderConfig:
     """Sizes of a decoder; in the comments the paper's (unCLIP table 3)."""
-    unet: UNetConfig = field(default_factory=UNetConfig)
+    unet: UNetConfig = field(default_factory=small_decoder_unet)
     embed_dim: int = 128            # D of z_i, 1024
     vocab_size: int = 600           # 16384; 0: CLIP's states, no Transformer of its own (Karlo)
     context: int = 16               # tokens, 256
-    text_width: int = 128           # 2048; of CLIP's states if vocab_size is 0
+    text_width: int = 128           # 2048, as unet.context_width; if vocab_size is 0 that of
+    #                                 CLIP's states, any
     text_layers: int = 2            # 24
     text_heads: int = 4             # 32
     T: int = 1000
@@ -280,8 +288,8 @@ class Decoder(nn.Module):
 
         W = R cov^(-1/2), b = -W mean with R random: what tells one picture from another begins as
         large as what all share. (Swapped captions are 0.9 alike; a network that has to enlarge the
-        difference first learns who is red last.) Directions under 2 % of the largest stay small:
-        they say little of what captions say.
+        difference itself learns last which thing is red.) Directions under 2 % of the largest stay
+        small: they say little of what captions say.
         """
         power, basis = torch.linalg.eigh(z_i.T.cov())
         white = basis / power.clamp(min=0.02 * power[-1]).sqrt() @ basis.T                # (D, D)
@@ -372,7 +380,8 @@ class Decoder(nn.Module):
 
         Not t = T: there an error in eps comes out 20,000 times larger in x0.
         """
-        return diffusion.spaced_timesteps(self.config.T - 3 * self.config.T // 1000, steps)
+        last = self.config.T - max(1, 3 * self.config.T // 1000)
+        return diffusion.spaced_timesteps(last, steps)
 
     @torch.no_grad()
     def invert(self, x, z_i, text, steps=250, null=None, progress=None):
@@ -430,7 +439,7 @@ def crop_pair(high, low, crop, generator=None, share=(0, 1)):
     ValueError unless high is k times low, and crop a multiple of k that fits. share: see
     `diffusion.drawn`.
     """
-    k, (h, w) = high.shape[2] // low.shape[2], low.shape[2:]
+    k, (h, w) = max(1, high.shape[2] // low.shape[2]), low.shape[2:]
     side = crop // k                                                 # in low-res pixels
     if high.shape[2:] != (k * h, k * w) or crop % k or side > min(h, w):
         raise ValueError(f"expected high = k * low and a crop that fits, a multiple of k; got "
@@ -676,8 +685,12 @@ class Upsampler(nn.Module):
         """low (B, 3, h, h) in [-1, 1] -> (B, 3, 4 h, 4 h) in [-1, 1]; h = config.unet.size / 4.
 
         Other sizes run too, for pictures unlike those it was trained on.
+        ValueError unless low is square and every level of the U-Net has a whole number of pixels.
         """
-        size = 4 * low.shape[2]
+        size, least = 4 * low.shape[2], 2 ** (len(self.config.unet.mults) - 1)
+        if low.shape[2] != low.shape[3] or size % least:
+            raise ValueError(f"expected a square picture, four times its side a multiple of {least}"
+                             f", got {[*low.shape]}; crop it")
         x = torch.randn(len(low), 3, size, size, generator=generator,
                         device=generator.device if generator else None).to(low.device)
         x = diffusion.sample(self.denoiser(low), self.alphabar, x, self.times(steps), clamp=1.0,

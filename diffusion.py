@@ -72,9 +72,10 @@ def spaced_timesteps(T, K):
 
 
 def section_timesteps(T, counts):
-    """1..T cut into len(counts) equal sections, each with its own count of times.  IDDPM's code.
+    """1..T cut into len(counts) equal sections, each with its own count of times.  IDDPM sec. 4
 
-    Within each as in spaced_timesteps; what is left over makes the first sections one longer.
+    Within each as in spaced_timesteps, so one time is the section's last (IDDPM's code takes its
+    first); what is left over makes the first sections one longer.
     section_timesteps(10, [2, 3, 1]) -> [1, 4, 5, 6, 7, 10], of 1..4, 5..7 and 8..10.
     """
     sizes = [T // len(counts) + (i < T % len(counts)) for i in range(len(counts))]
@@ -162,8 +163,8 @@ def eps_from_velocity(alphabar, x_t, t, velocity):
     """The noise, of a network that says  velocity = sqrt(ab_t) eps - sqrt(1 - ab_t) x0.
 
         eps = sqrt(ab_t) velocity + sqrt(1 - ab_t) x_t          Salimans & Ho 2022, app. D
-    It need not copy the noise, and its errors stay as they are in  x0 = sqrt(ab_t) x_t -
-    sqrt(1 - ab_t) velocity, where those of eps come out sqrt(1 / ab_t - 1) times larger.
+    Such a network need not copy the noise, and an error in velocity is no larger in  x0 =
+    sqrt(ab_t) x_t - sqrt(1 - ab_t) velocity, where one in eps is sqrt(1 / ab_t - 1) times larger.
     """
     return like(alphabar[t].sqrt(), x_t) * velocity + like((1 - alphabar[t]).sqrt(), x_t) * x_t
 
@@ -275,6 +276,7 @@ def random_times(T, B):
 
     One from each of B equal parts of 1..T, so that every batch has its share of early and late
     ones and the gradient less noise.   VDM (Kingma et al. 2021) app. I.1
+    Surprise: ascending, so the rows of a batch must stand in random order.
     """
     return 1 + (T * (torch.arange(B) + torch.rand(B)) / B).long().clamp(max=T - 1)
 
@@ -283,7 +285,8 @@ def middle_times(T, B):
     """Times to train at, (B,) long in 1..T, mostly middle ones: t / T = sigmoid(N(-0.1, 0.9^2)).
 
     That is where shapes and colours are decided: at the ends a network learns to copy what it is
-    given. One from each of B equal parts of the normal, too.   SD3 (Esser et al. 2024) sec. 3.1
+    given. One from each of B equal parts of the normal, ascending, too.   SD3 (Esser et al. 2024)
+    sec. 3.1
     """
     u = (torch.arange(B) + torch.rand(B)) / B
     return 1 + (T * torch.sigmoid(0.9 * torch.special.ndtri(u) - 0.1)).long().clamp(max=T - 1)
@@ -384,8 +387,10 @@ def ddim_invert_step(alphabar, x_t, t, u, x0):
     """One step *up*, u > t >= 1, along the predicted noise: undoes `ddim_step` of the same x0.
 
         x_u = sqrt(ab_u) x0 + sqrt(1 - ab_u) eps,      eps from x_t and x0.   ADM app. F.
-    ValueError unless t < u <= T.
+    ValueError unless 1 <= t < u <= T: at t = 0 there is no noise whose direction one could follow.
     """
+    if int(torch.as_tensor(t).min()) < 1:
+        raise ValueError(f"expected t >= 1, got {t}; a clean picture may stand for x_1")
     a_u, _ = _two_times(alphabar, u, t, "u > t (inversion goes towards the noise)")
     eps = predict_eps(alphabar, x_t, t, x0)
     return like(a_u.sqrt(), x_t) * x0 + like((1 - a_u).sqrt(), x_t) * eps
@@ -414,7 +419,8 @@ def sample(denoise, alphabar, x, times, *, predicts="eps", clamp=None, variance=
     variance   of ancestral steps: "small", "large", "learned" (needs v), or measure_cov's table.
     eta        None: ancestral steps. A number: DDIM, 0 deterministic ... 1 as noisy as DDPM.
     generator  one draw of x's shape for each step that adds noise, on the generator's device.
-    ValueError for another `predicts` or `variance`, or a prediction of another shape.
+    ValueError for another `predicts` or `variance`, or a prediction of another shape (without v,
+    if `variance` needs it).
     """
     if predicts not in ("eps", "x0"):
         raise ValueError(f'expected predicts "eps" or "x0", got {predicts!r}')
@@ -426,6 +432,9 @@ def sample(denoise, alphabar, x, times, *, predicts="eps", clamp=None, variance=
         if eta is not None:
             x = ddim_step(alphabar, x, t, s, x0, eta, noise)
             continue
+        if v is None and isinstance(variance, str) and variance == "learned":
+            raise ValueError(f'variance "learned" needs a prediction twice as wide as {[*x.shape]} '
+                             'on axis 1, with v; use "small" or "large"')
         x, var = q_posterior(alphabar, x0, x, t, s)
         if s == 0:
             break                                    # x is x0: no noise on the last step
@@ -445,7 +454,11 @@ def invert(denoise, alphabar, x, times, *, predicts="eps", clamp=None, progress=
 
     Give the picture itself as x: at times[0] it is all but clean. `sample` with the same times and
     clamp and eta = 0 brings it back, up to an error that halves when the steps are doubled.
+    ValueError for fewer than two times.
     """
+    if len(times) < 2:
+        raise ValueError(f"expected at least 2 times to go between, got {list(times)}; take more "
+                         "steps")
     moves = list(zip(times, times[1:]))
     for t, u in tqdm(moves, desc=progress, leave=False, disable=progress is None):
         x0, _ = _x0_and_v(alphabar, denoise(x, t), x, t, predicts, clamp)

@@ -6,7 +6,8 @@ Two answers to the same question, with the same interface (`loss` to train, `sam
     ARPrior          z_i as a sentence: its principal components, each rounded to one of 1024 codes,
                      word by word
 
-Both take a clip.Text (the caption's tokens, and CLIP's embedding z_t of it) and return unit rows.
+Both take a clip.Text (the caption's tokens, and CLIP's embedding z_t of it) and return unit rows
+(Karlo's: rows as long as CLIP's).
 
     B batch   L caption tokens   W width   D width of z   K principal components
 
@@ -274,9 +275,12 @@ class ARPrior(nn.Module):
 
         Fills mean, basis (`principal_components` tells how many the config should have); edges, of
         z_i's components, and dot_edges, of the cosines, by `quantile_edges`; and values, the mean
-        of each bucket, or of an empty one the cut below it.   ValueError if N < buckets.
+        of each bucket, or of an empty one the cut below it.   ValueError if N < buckets or K > D.
         """
         c = self.config
+        if c.components > c.embed_dim:
+            raise ValueError(f"expected at most as many components as dimensions, {c.embed_dim}, "
+                             f"got {c.components}")
         mean, basis = principal_components(z_i, keep=1.0)
         if len(z_i) < c.buckets:
             raise ValueError(f"expected at least as many embeddings as buckets, {c.buckets}, got "
@@ -353,7 +357,11 @@ class ARPrior(nn.Module):
 
         Draws the dot codes, then for every code one uniform number per bucket (Gumbel's trick: the
         largest of logits + Gumbel noise is a sample of their softmax, and nothing is copied back).
+        ValueError unless temperature > 0; near 0 the likeliest codes are taken.
         """
+        if not temperature > 0:
+            raise ValueError(f"expected a temperature above 0, got {temperature}; 1e-4 takes the "
+                             "likeliest codes")
         c, B, device = self.config, len(text.tokens), text.z_t.device
         at = generator.device if generator else None
         dot = torch.randint(c.buckets // 2, c.buckets, (B,), generator=generator, device=at)

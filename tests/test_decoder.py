@@ -444,6 +444,32 @@ def test_after_fit_every_direction_of_the_data_begins_equally_large(own_words):
         assert size.max() / size.min() < 1.6, f"{size}: cov^(-1/2), not cov^(-1) or cov^(1/2)"
 
 
+def test_the_sizes_that_are_there_without_asking_work():
+    c = decoder.DecoderConfig()
+    text = clip.Text(torch.randint(c.vocab_size, (2, c.context)), torch.ones(2, c.context).bool(),
+                     rand(2, c.embed_dim), torch.zeros(2, 0))
+    loss = decoder.Decoder(c).loss(rand(2, 3, c.unet.size, c.unet.size).clamp(-1, 1),
+                                   rand(2, c.embed_dim), text)
+    assert loss.shape == (2,) and loss.isfinite().all()
+    with pytest.raises(ValueError, match="multiple of head_channels"):
+        decoder.Attention(96, 64, 0)
+
+
+@pytest.mark.parametrize("T, last", [(1000, 997), (100, 99)])
+def test_inversion_ends_before_the_last_time(T, last):
+    times = decoder.Decoder(decoder.DecoderConfig(T=T)).ddim_times(10)
+    assert (times[0], times[-1], len(times)) == (1, last, 10)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 16, 24), (1, 3, 5, 5)])
+def test_what_an_upsampler_cannot_enlarge_is_refused(shape):
+    """Four times five pixels: 20, 10, 5, and no half of it."""
+    model = decoder.Upsampler(decoder.UpsamplerConfig(
+        decoder.UNetConfig(size=64, in_channels=6, channels=32, mults=(1, 1, 1, 1))))
+    with pytest.raises(ValueError, match="square picture, four times its side a multiple of 8"):
+        model.sample(torch.zeros(shape), 1)
+
+
 @pytest.fixture
 def upsampler():
     return refill(decoder.Upsampler(decoder.UpsamplerConfig(
@@ -633,8 +659,10 @@ def test_every_example_has_its_own_window_and_every_corner_is_reached():
 
 @pytest.mark.parametrize("crop", [10, 36])
 def test_a_crop_that_has_no_low_res_twin_is_refused(crop):
-    with pytest.raises(ValueError, match="a multiple of k"):
-        decoder.crop_pair(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 8, 8), crop)
+    high, low = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 8, 8)
+    for pair in ((high, low), (low, high)):
+        with pytest.raises(ValueError, match="a multiple of k"):
+            decoder.crop_pair(*pair, crop)
 
 
 # ---- blur ----

@@ -513,6 +513,9 @@ def test_slerp_walks_the_arc_at_constant_speed(pictures):
     ("T >= 2", lambda ab, x: diffusion.linear_alphabar(1)),
     ("predicts", lambda ab, x: diffusion.sample(None, ab, x, [1], predicts="v")),
     ("learned", lambda ab, x: diffusion.sample(None, ab, x, [1], variance="fixed_small")),
+    ("t >= 1", lambda ab, x: diffusion.invert(lambda x, t: x, ab, x, [0, 4])),
+    ("at least 2", lambda ab, x: diffusion.invert(lambda x, t: x, ab, x, [4])),
+    ("with v", lambda ab, x: diffusion.sample(lambda x, t: x, ab, x, [1, 4], variance="learned")),
     ("axis 1", lambda ab, x: diffusion.sample(lambda x, t: x[:, :, :3], ab, x, [1]))])
 def test_bad_input_stops_with_a_sentence(alphabar, pictures, hint, call):
     with pytest.raises(ValueError, match=hint):

@@ -411,6 +411,8 @@ def test_a_bucket_that_no_embedding_falls_into_has_a_value_all_the_same():
     assert model.values.isfinite().all() and model.decode(model.encode(z)).isfinite().all()
     with pytest.raises(ValueError, match="as buckets, 16, got 10"):
         model.fit(z[:10], z[:10])
+    with pytest.raises(ValueError, match="components as dimensions"):
+        prior.ARPrior(prior.ARPriorConfig(embed_dim=D, components=D + 1, buckets=16)).fit(z, z)
 
 
 # ---------------------------------------------------------------- the AR prior's network
@@ -488,6 +490,10 @@ def test_codes_are_drawn_from_the_softmax(ar, text, monkeypatch):
         ar.sample(many, temperature, generator=torch.Generator().manual_seed(0))
         shares = torch.bincount(drawn[-1].flatten(), minlength=8) / drawn[-1].numel()
         assert torch.allclose(shares, want, atol=0.012), f"wanted {want}, got {shares}"
+    ar.sample(text, 1e-4)
+    assert not drawn[-1].any(), "near 0 the likeliest code"
+    with pytest.raises(ValueError, match="above 0, got 0"):
+        ar.sample(text, 0)
 
 
 def test_a_model_that_knows_nothing_has_loss_log_buckets(ar, text):
