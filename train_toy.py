@@ -60,13 +60,13 @@ COLOURS = {                                       # R, G, B in 0..1; a shade add
     "red": (0.88, 0.10, 0.12), "orange": (0.92, 0.50, 0.08), "yellow": (0.92, 0.84, 0.10),
     "green": (0.12, 0.62, 0.20), "cyan": (0.12, 0.78, 0.86), "blue": (0.12, 0.26, 0.88),
     "purple": (0.56, 0.14, 0.72), "black": (0.08, 0.08, 0.08)}
-SIZES = {"small": (0.120, 0.145), "large": (0.180, 0.225)}            # range of r
+SIZES = {"small": (0.126, 0.148), "large": (0.182, 0.222)}            # range of r
 MIRROR = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT = {("red", "triangle"), ("yellow", "cross"), ("green", "circle"), ("purple", "square")}
-SHADE, TILT, MARGIN, GAP = 0.08, 12.0, 0.02, 0.08
+SHADE, TILT, MARGIN, GAP = 0.08, 8.0, 0.02, 0.08
 DIAGONAL = 0.6           # how far centres may differ on the other axis, as a share of this one
 # Times r: a square's half side, a triangle's inner radius, a cross's half length and half width
-SQUARE, TRIANGLE, CROSS, ARM = 0.886, 0.675, 1.10, 0.40
+SQUARE, TRIANGLE, CROSS, ARM = 0.92, 0.675, 1.15, 0.36
 AREA = math.pi, 4 * SQUARE ** 2, 27 ** 0.5 * TRIANGLE ** 2, 8 * CROSS * ARM - 4 * ARM ** 2  # r ** 2
 
 
@@ -512,7 +512,11 @@ class Data:
     def __init__(self, source, model, device):
         self.source, self.device, self.size = source, device, model.config.clip.image_size
         self.read = model.config.clip.context                 # CLIP reads these tokens of L
-        tokens = model.tokenizer(source.captions, self.read)
+        tokens = model.tokenizer(source.captions, self.read, truncate=True)
+        cut = sum(len(model.tokenizer.encode(text)) > self.read - 2 for text in source.captions)
+        if cut:
+            print(f"{cut} of {len(tokens)} captions have more than {self.read} tokens, start and "
+                  "end included; the rest of them is cut off")
         self.tokens, self.mask = (F.pad(x, (0, model.context - self.read)) for x in (
             tokens, clip.token_mask(tokens, model.tokenizer.end)))
         number = {text: i for i, text in enumerate(dict.fromkeys(source.captions))}
@@ -580,10 +584,10 @@ STAGES = {
     "clip": Stage(steps=2000, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.1, beta2=0.98),
     "diffusion_prior": Stage(steps=500, batch=128, lr=1e-3, muon=3e-3, weight_decay=0.06,
                              beta2=0.96, ema=0.99),
-    "ar_prior": Stage(steps=1000, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.04, beta2=0.96,
+    "ar_prior": Stage(steps=700, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.04, beta2=0.96,
                       ema=0.99),
-    "decoder": Stage(steps=7000, batch=32, lr=2e-3, muon=6e-3, ema=0.99),
-    "upsampler1": Stage(steps=3000, batch=16, lr=2e-3, muon=6e-3, ema=0.99),
+    "decoder": Stage(steps=4500, batch=32, lr=2e-3, muon=6e-3, ema=0.99),
+    "upsampler1": Stage(steps=2500, batch=16, lr=2e-3, muon=6e-3, ema=0.99),
     "upsampler2": Stage(steps=700, batch=8, lr=2e-3, muon=3e-3, ema=0.99),
 }
 # The paper's table 3, which states no schedule and no warm-up; for CLIP appendix C and Radford et
@@ -687,16 +691,16 @@ def best_errors(alphabar, worlds, times):
     return torch.stack(low), torch.stack(high)
 
 
-def best_loss(model, times, weight, share, worlds):
+def best_loss(model, times, weight, dropped, worlds):
     """Bounds of the best mean loss, if it is weight[t] |x0 - x0_hat|^2 / d at times such as these,
-    and the condition is dropped in this share of the rows.
+    and a share `dropped` of the rows has no condition at all.
 
     times: ints in 1..T; weight (T+1,); worlds (C, K, d) -> (low, high)
     """
     nothing = worlds[:, ::max(1, worlds.numel() // 2 ** 19)].flatten(0, 1)[None]         # (1, N, d)
     nothing = nothing[:, torch.randperm(nothing.shape[1])]
     told, untold = (best_errors(model.alphabar, w, times) for w in (worlds, nothing))
-    return [float((weight[times] * ((1 - share) * a + share * b)).mean())
+    return [float((weight[times] * ((1 - dropped) * a + dropped * b)).mean())
             for a, b in zip(told, untold)]
 
 
@@ -722,7 +726,7 @@ def expectation(name, model, data, batch):
         start = "about 1 from a network that says 0"
         weight = ab / (1 - ab) * decoder.eps_weight(model.config, ab, torch.arange(len(ab)))
     if name.startswith("upsampler"):              # given the enlarged picture, off by v from x0
-        high, low = model.prepare(data.source.pictures([*range(4)], model.config.unet.size), 16)
+        high, low = model.prepare(data.source.pictures([0, 1], model.config.unet.size), 16)
         v = (decoder.enlarge(low, high.shape[2]) - high).square().mean()
         line = (weight * v * (1 - ab) / (ab * v + 1 - ab))[1:].mean()
         return (f"{start}; {line:.3f} by the best line from the enlarged small picture, less for "
@@ -735,11 +739,11 @@ def expectation(name, model, data, batch):
     x = render_many(drawn, 64)
     if name == "decoder":
         x = decoder.shrink(x, model.config.unet.size)
-        low, high = best_loss(model, times, weight, 0.05, x.flatten(1).unflatten(0, (-1, 32)))
+        low, high = best_loss(model, times, weight, 0.1 * 0.5, x.flatten(1).unflatten(0, (-1, 32)))
         return (f"{start}; the best possible is between {low:.3f} and {high:.3f} if z_i says "
                 "what captions say, less as it says more; the variational bound comes on top")
-    z = data.encode(decoder.shrink(x, data.size).to(data.device))
-    low, high = best_loss(model, times, weight, 0.1, model.scale(z).unflatten(0, (-1, 32)).cpu())
+    z = model.scale(data.encode(decoder.shrink(x, data.size)).to(data.device))
+    low, high = best_loss(model, times, weight, 0.1, z.unflatten(0, (-1, 32)).cpu())
     return f"{start}; the best possible is between {low:.3f} and {high:.3f}"
 
 
@@ -821,12 +825,12 @@ def whole(part):
 
 
 def save_shards(state, out, name):
-    """All processes write state["current"] into a folder of its own, then the older one goes.
+    """All processes write state["current"][name] into a folder, then the older one goes.
 
     torch's checkpoint engine finishes a folder by writing .metadata: without it, it does not count.
     """
-    folder = out / f"{name}-{state['current']['step']}"
-    checkpoint.save(state["current"], checkpoint_id=folder)
+    folder = out / f"{name}-{state['current'][name]['step']}"
+    checkpoint.save(state["current"][name], checkpoint_id=folder)
     if distributed.get_rank() == 0:
         if not (out / "state.pt").exists():
             unclip.save_atomically(state | {"current": {}}, out / "state.pt")
@@ -903,6 +907,8 @@ def train(name, stage, model, data, seed, state, save, save_seconds=20.0, sam=0.
             matrix.grad = w.grad.flatten(1)
         for opt in opts:
             opt.step()
+        if name == "clip":                        # a scale above 100 has no gradient: it would stay
+            torch._foreach_clamp_max_(local([model.logit_scale.detach()]), math.log(99.99))
         torch._foreach_lerp_(local(state["ema"]), local(w.detach() for w in weights),
                              1 - min(stage.ema, (1 + step) / (10 + step)))
         state["step"] = step + 1
@@ -960,13 +966,16 @@ def run(args):
     elif file.exists():
         raise ValueError(f"{out} holds a run already; go on with --resume, or choose another --out")
     model, data = set_up(args)
+    for name, stage in RECIPES[args.preset].items():       # before hours of training
+        batch, skip = args.batch or stage.batch, args.only and name not in (*args.only, "clip")
+        fours = processes > 1 or data.source.group == 4 or name.startswith("upsampler")     # crops
+        if fours and batch % (4 * processes) and not skip and name not in state["done"]:
+            raise ValueError(f"expected a batch that is a multiple of {4 * processes}, got {batch} "
+                             f"for {name}; set --batch")
     for number, (name, stage) in enumerate(RECIPES[args.preset].items()):
         stage = replace(stage, steps=max(2, round(stage.steps * args.steps_scale)),
                         batch=args.batch or stage.batch)
-        if processes > 1 and stage.batch % (4 * processes):
-            raise ValueError(f"expected a batch that is a multiple of 4 for each of {processes} "
-                             f"processes, got {stage.batch} for {name}; set --batch")
-        if args.only and name not in (*args.only, "clip"):
+        if args.only and name not in (*args.only, "clip", *state["done"]):
             continue
         part = make_part(name, model, data, args.seed + number)
         if name in state["done"]:
@@ -982,12 +991,13 @@ def run(args):
                 unclip.recompute(part)
             if args.compile:
                 unclip.compile_blocks(part)
+            state["current"].setdefault(name, {})                      # or it was left halfway
             save = functools.partial(unclip.save_atomically, state, file)
             if processes > 1:
                 shard(part)
-                state["current"] = saved_shards(out, name) if args.resume else {}
+                state["current"][name] = saved_shards(out, name) if args.resume else {}
                 save = functools.partial(save_shards, state, out, name)
-            train(name, stage, part, data, args.seed, state["current"], save,
+            train(name, stage, part, data, args.seed, state["current"][name], save,
                   SAVE_SECONDS[args.preset] if args.save_seconds is None else args.save_seconds,
                   args.sam if name == "clip" else 0.0, unclip.DTYPES[args.dtype], share)
             if processes > 1 or args.recompute or args.compile:        # a plain part goes on
@@ -1000,9 +1010,9 @@ def run(args):
                 part.fit_variance(data.z_i[rows], data.text(rows),
                                   generator=torch.Generator().manual_seed(args.seed))
             state["done"][name] = whole(part)
-            state["losses"][name], state["seconds"][name] = (state["current"].pop(k)
-                                                             for k in ("losses", "seconds"))
-            state["current"] = {}
+            state["losses"][name], state["seconds"][name] = (
+                state["current"][name].pop(key) for key in ("losses", "seconds"))
+            del state["current"][name]
             if rank == 0:
                 unclip.save_atomically(state, file)
                 for old in out.glob(f"{name}-*"):
@@ -1084,7 +1094,7 @@ def frechet(a, b):
 
         |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))        the F of FID
     """
-    a, b = a.double(), b.double()
+    a, b = a.cpu().double(), b.cpu().double()
     power, basis = torch.linalg.eigh(a.T.cov())
     root = basis * power.clamp(min=0).sqrt() @ basis.T                    # cov_a^(1/2)
     cross = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
@@ -1114,6 +1124,8 @@ def evaluate(args):
     far apart two drawings of one caption are at the decoder's size, over that of two true pictures.
     """
     model, n = unclip.load(args.weights, unclip.pick_device(args.device)), args.captions
+    if n < 3:
+        raise ValueError(f"expected at least 3 captions, for one of each kind, got {n}")
     rng, start = random.Random(args.seed), time.monotonic()
     sets = {"one thing": [random_scene(rng, two=False, part="test") for _ in range(2 * n // 5)],
             "two things": [random_scene(rng, two=True, part="test") for _ in range(n - 2 * n // 5)],
@@ -1169,7 +1181,6 @@ def markdown(table):
 # Each finding is a function (model, out) -> (numbers, sentence) that also draws out/NAME.png. All
 # is measured on the decoder's small pictures, which the reader reads as exactly as large ones; a
 # number is (mean, standard deviation) over SEEDS runs with other scenes and other noise.
-
 # Steps: DDIM's, both ways; a caption is drawn in half as many.
 
 SEEDS, PICTURES, STEPS = 3, 20, 50                # runs; pictures in each; steps
@@ -1203,13 +1214,13 @@ def small_again(model, z_i, x_T, generator=None, **options):
     return model.decode(z_i, x_T, steps=STEPS, upsampler_steps=(), generator=generator, **options)
 
 
-def share(truths):
+def fraction(truths):
     return float(np.mean([bool(truth) for truth in truths]))
 
 
 def right(scenes, pictures):
     """The share of pictures in which everything stated is right."""
-    return share(agrees(stated(s), read(x)) for s, x in zip(scenes, pictures))
+    return fraction(agrees(stated(s), read(x)) for s, x in zip(scenes, pictures))
 
 
 def diversity(a, b, scenes):
@@ -1322,7 +1333,7 @@ def find_interpolations(model, out):
                 way = [attributes(s)[name] for s in seen]
                 if first != last:
                     once.append(any(way == [first] * i + [last] * (K - i) for i in range(1, K)))
-        return {"ends reconstruct": share(ends), "attributes switch once": share(once)}
+        return {"ends reconstruct": fraction(ends), "attributes switch once": fraction(once)}
 
     numbers, scenes = over_seeds(measure), some_scenes(1, 6, two=False, part="train")
     draw_grid(out / "interpolations.png", [path(a, b) for a, b in zip(scenes[::2], scenes[1::2])],
@@ -1358,9 +1369,9 @@ def find_text_diffs(model, out):
             targets = [edit_of(s, kind, rng) for s in scenes]
             seen = [attributes(read(x)) for x in edited(*latent, scenes, targets, strength)]
             want = [attributes(s) for s in targets]
-            row[f"{kind} reached, {strength}"] = share(a[kind] == b[kind]
-                                                       for a, b in zip(seen, want))
-            row[f"rest kept, {kind}, {strength}"] = share(
+            row[f"{kind} reached, {strength}"] = fraction(
+                a[kind] == b[kind] for a, b in zip(seen, want))
+            row[f"rest kept, {kind}, {strength}"] = fraction(
                 all(a[k] == b[k] for k in kinds if k != kind) for a, b in zip(seen, want))
         return row
 
@@ -1398,8 +1409,8 @@ def find_pca(model, out):
         for k in ks:
             seen = [attributes(read(x)) for x in again(scenes, k, seed)]
             for name in names:
-                row[f"{name}, k = {k}"] = share(attributes(s)[name] == a[name]
-                                                for s, a in zip(scenes, seen))
+                row[f"{name}, k = {k}"] = fraction(
+                    attributes(s)[name] == a[name] for s, a in zip(scenes, seen))
         return row
 
     numbers, scenes = over_seeds(measure), some_scenes(4, 3, two=True)
@@ -1497,8 +1508,8 @@ def find_binding(model, out):
                 scenes.append(scene)
         for way in ways:
             seen = [read(x) for x in draw_small(model, scenes, way, seeded(seed))]
-            row[f"{way}: right"] = share(agrees(stated(s), x) for s, x in zip(scenes, seen))
-            row[f"{way}: swapped"] = share(agrees(swaps(s)[1], x) for s, x in zip(scenes, seen))
+            row[f"{way}: right"] = fraction(agrees(stated(s), x) for s, x in zip(scenes, seen))
+            row[f"{way}: swapped"] = fraction(agrees(swaps(s)[1], x) for s, x in zip(scenes, seen))
         return row
 
     numbers = over_seeds(measure)
@@ -1625,7 +1636,7 @@ def number(value):
 
 def figures(args):
     """Draw the paper's findings at toy scale, and write all numbers into findings.json."""
-    model, out = unclip.load(args.weights, unclip.pick_device(args.device)), Path(args.out)
+    model, out = unclip.load(args.weights), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "findings.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -1703,7 +1714,7 @@ def main(argv=None):
     command = argv[0] if argv and argv[0] in COMMANDS else "train"
     parser = argparse.ArgumentParser(
         "train_toy.py" + f" {command}" * (command != "train"), allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=unclip.HelpFormatter,
         description={"read": "Say what is in a picture of the toy world.",
                      "evaluate": "Draw captions that training never showed and read the pictures.",
                      "figures": figures.__doc__, "gallery": gallery.__doc__,
@@ -1714,7 +1725,7 @@ def main(argv=None):
     if command == "read":
         option("picture")
     else:
-        if command != "world":
+        if command not in ("world", "figures"):
             option("--device", default="cpu", help="cpu, cuda, mps")
         if command != "figures":
             option("--seed", type=int, default=0, help="of all randomness")

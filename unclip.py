@@ -92,7 +92,7 @@ def toy():
         decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, channels=16,
                                                    mults=(1, 1), groups=2),
                                 schedule="linear", corruption="bsr", velocity=True),
-        Sampling(guidance=2.0, decoder_steps=25, upsampler_steps=(10, 4), rerank=4))
+        Sampling(guidance=2.0, prior_steps=16, decoder_steps=12, upsampler_steps=(2, 2), rerank=4))
 
 
 def karlo():
@@ -181,6 +181,9 @@ class UnCLIP:
         With low_memory parts wait on the CPU, so that the largest decides the memory needed.
         """
         part, home = self.parts[name], None
+        if part is None:
+            raise ValueError(f"these weights hold no {name}; train it (train_toy.py --resume), or "
+                             "load others")
         if self.low_memory is not None:
             home = part.state_dict()                     # these tensors stay on the CPU
             part.to(self.low_memory)
@@ -209,7 +212,8 @@ class UnCLIP:
 
     @torch.no_grad()
     def encode_text(self, captions):
-        """Captions -> clip.Text of B rows.   ValueError for one that is empty or too long."""
+        """B captions, or one string -> clip.Text.   ValueError if one is empty or too long."""
+        captions = [captions] if isinstance(captions, str) else captions
         if self.tokenizer is None:
             raise ValueError("this stack has fresh weights and no tokenizer; load trained weights")
         empty = [text for text in captions if not clip.clean(text)]
@@ -277,6 +281,7 @@ class UnCLIP:
         """The upsamplers: the decoder's (B, 3, h, h) -> (B, 3, H, H), both in [-1, 1]."""
         if upsampler_steps is None:
             upsampler_steps = self.config.sampling.upsampler_steps
+        self.expect_upsampler_steps(upsampler_steps)
         for i, steps in enumerate(upsampler_steps, start=1):
             if self.parts.get(f"upsampler{i}") is not None:
                 with self.at_work(f"upsampler{i}") as model:
@@ -286,7 +291,9 @@ class UnCLIP:
     def sample(self, captions, *, prior="diffusion", guidance=None, prior_guidance=None,
                prior_steps=None, decoder_steps=None, upsampler_steps=None, candidates=None,
                rerank=None, generator=None, progress=True):
-        """Captions -> pictures (B, 3, H, W) in [-1, 1]. What is None is as `config.sampling` says.
+        """B captions, or one string -> pictures (B, 3, H, W) in [-1, 1].
+
+        What is None is as `config.sampling` says.
 
         guidance          of the decoder: 1 is the plain model, 3 follows the caption more closely
         candidates        embeddings drawn by the diffusion prior for each picture, the best is kept
@@ -295,6 +302,7 @@ class UnCLIP:
         generator         the source of all randomness: equal seeds, equal pictures, on any device
         """
         N = rerank or self.config.sampling.rerank
+        captions = [captions] if isinstance(captions, str) else captions
         if N > 1:
             self.expect_image_encoder()                          # before minutes of drawing
         text = self.encode_text([caption for caption in captions for _ in range(N)])
@@ -318,6 +326,13 @@ class UnCLIP:
         best = score.topk(keep, dim=1).indices                                   # (B, keep)
         rows = best + torch.arange(len(best), device=best.device)[:, None] * z_i.shape[1]
         return pictures[rows.flatten()]
+
+    def expect_upsampler_steps(self, steps):
+        """ValueError unless there is one number for each upsampler; () is for none of them."""
+        n = len(self.config.sampling.upsampler_steps)
+        if len(steps) not in (0, n):
+            raise ValueError(f"expected {n} numbers of upsampler steps, one for each upsampler, "
+                             f"got {steps}")
 
     def expect_image_encoder(self):
         if self.parts["clip"].image is None:
@@ -402,8 +417,9 @@ class UnCLIP:
         strength: the paper's is 0.25 to 0.5; z_d is nearly at right angles to z_i, so 0.5 is 45
         degrees.
         """
+        z_d = self.difference([source], [target])                              # (1, D)
         z_i, x_T = self.latent(image[None], steps, progress)
-        z_d = self.difference([source], [target]) * z_i.norm()                 # (1, D)
+        z_d = z_d * z_i.norm()
         theta = torch.linspace(0, strength, max(2, n), device=self.device)[-n:, None]     # (n, 1)
         return self.decode(diffusion.slerp(z_i, z_d, theta), x_T.expand(n, *x_T.shape[1:]),
                            guidance=guidance, steps=steps, generator=generator,
@@ -686,8 +702,12 @@ def random_text(c, B, device, dtype):
 
 
 def sampling_work(name, part, s, B, device, dtype):
-    """-> (do one step, how many steps a picture takes) for a part of a stack, s its Sampling."""
+    """-> (do one step, how many steps a picture takes) for a part of a stack, s its Sampling.
+
+    Of s.rerank small pictures one is enlarged; what CLIP takes to choose it is not counted.
+    """
     c, t = part.config, 500
+    B = B if name.startswith("upsampler") else B * s.rerank
     if name == "clip":
         tokens = torch.randint(c.vocab_size, (B, c.context), device=device)
         return lambda: part.encode_text(tokens), 1
@@ -741,7 +761,7 @@ def training_loss(name, part, B, device):
 
 
 def training_step(part, loss, device, dtype):
-    """-> do what train_toy.train does in a step: loss, gradients, clipping, AdamW, average."""
+    """-> do what a step of the paper's training does: loss, gradients, clipping, AdamW, average."""
     weights = list(part.parameters())
     opt = torch.optim.AdamW(weights, 1e-4, fused=True)
     ema = [w.detach().clone() for w in weights]
@@ -848,6 +868,8 @@ def free_memory(device):
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
+    if "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", ()):      # not Linux: nobody says
+        return math.inf
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -862,8 +884,11 @@ def peak_memory(device):
     """Bytes at the highest since the last reset: on CUDA of tensors, on the CPU of the process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource                                      # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if platform.system() == "Windows":
+        return math.nan
+    import resource
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def benchmark_stage(name, kind, config, args, device, dtype):
@@ -1031,11 +1056,14 @@ def run_edit(args):
 def open_weights(args):
     """What every command that draws begins with."""
     out = Path(args.out)
-    if not out.parent.is_dir() or out.suffix.lower() not in Image.registered_extensions():
+    kind = Image.registered_extensions().get(out.suffix.lower())
+    if not out.parent.is_dir() or kind not in Image.SAVE:
         raise ValueError(f"{out} cannot be written: expected a folder that exists and a name that "
                          "ends in .png or .jpg")                 # said before minutes of drawing
-    return load(args.weights, pick_device(args.device), DTYPES[args.dtype], args.clip,
-                args.low_memory)
+    model = load(args.weights, pick_device(args.device), DTYPES[args.dtype], args.clip,
+                 args.low_memory)
+    model.expect_upsampler_steps(args.upsampler_steps or ())
+    return model
 
 
 def open_picture(path):
@@ -1083,6 +1111,14 @@ def stop_on_error(run, *args):
         sys.exit(2)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default of each option that has one."""
+
+    def _get_help_string(self, action):
+        plain = action.default is None or action.default is False
+        return action.help if plain else super()._get_help_string(action)
+
+
 def positive(text):
     """argparse type: a whole number of at least 1."""
     if not text.isdigit() or int(text) < 1:
@@ -1091,7 +1127,7 @@ def positive(text):
 
 
 def main(argv=None):
-    formatter = argparse.ArgumentDefaultsHelpFormatter
+    formatter = HelpFormatter
     parser = argparse.ArgumentParser(description="unCLIP: from a caption to a picture.",
                                      allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

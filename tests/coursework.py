@@ -73,6 +73,7 @@ EXERCISES = {
     "clip.CLIP.scale": ("CLIP sec. 2.5", 1),
     "clip.Text.drop": ("unCLIP sec. 2.1, 2.2", 1),
     "clip.clip_loss": ("CLIP fig. 3", 2),
+    "clip.apart": ("Wang & Isola 2020", 1),
     "clip.sam_backward": ("unCLIP app. C", 3),
     "clip.zero_shot": ("CLIP sec. 3.1", 1),
     "prior.DiffusionPrior.scale": ("unCLIP app. C", 1),

@@ -57,7 +57,7 @@ def guidance(model):
 
 def decoder_steps(model):
     return "; ".join(f"{n} steps: {right(draw(model, decoder_steps=n))} right"
-                     for n in (2, 5, 10, 50))
+                     for n in (2, 5, 12, 50))
 
 
 def other_prior(model):

@@ -100,3 +100,10 @@ def test_a_step_of_training_at_full_size(name):
     after = [w for w in part.parameters() if w.ndim == 1][:20]
     assert all(w.isfinite().all() for w in part.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(before, after)), "the step moved nothing"
+
+
+def test_the_toy_trains(tmp_path):
+    """A few steps of all six parts by the command, each after the ones before went to the CPU."""
+    train_toy.main(["--device", "cuda", "--groups", "30", "--steps-scale", "0.0005", "--out",
+                    str(tmp_path)])
+    assert unclip.load(tmp_path / "toy.pt").parts["upsampler2"] is not None

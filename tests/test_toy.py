@@ -25,14 +25,14 @@ def corners(thing):
     """The outline of a straight shape, told once more from school geometry: points, clockwise."""
     r, turn = thing.r, math.radians(thing.tilt)
     if thing.shape == "square":
-        h = 0.886 * r
+        h = 0.92 * r
         points = [(-h, -h), (h, -h), (h, h), (-h, h)]
     elif thing.shape == "triangle":
         R = 1.35 * r                                                      # points up: y grows down
         third = 2 * math.pi / 3
         points = [(R * math.sin(a), -R * math.cos(a)) for a in (0, third, 2 * third)]
     else:
-        L, w = 1.10 * r, 0.40 * r
+        L, w = 1.15 * r, 0.36 * r
         points = [(-w, -L), (w, -L), (w, -w), (L, -w), (L, w), (w, w),
                   (w, L), (-w, L), (-w, w), (-L, w), (-L, -w), (-w, -w)]
     return [(thing.x + px * math.cos(turn) - py * math.sin(turn),

@@ -142,6 +142,18 @@ def test_sam_steps_train_too(embedded):
     assert np.isfinite(state["losses"]).all() and len(state["losses"]) == 3
 
 
+def test_a_temperature_that_overshot_can_come_back(embedded):
+    """scale = min(exp(tau), 100) has no gradient in tau beyond 100."""
+    model, data = embedded
+    part = train_toy.make_part("clip", model, data, 0)
+    part.logit_scale.data.fill_(6.0)
+    train_toy.train("clip", replace(train_toy.STAGES["clip"], steps=1, batch=8), part, data, 0, {},
+                    lambda: None)
+    part.zero_grad()
+    part.scale().backward()
+    assert 99 < part.scale() <= 100 and part.logit_scale.grad > 0
+
+
 # ---------------------------------------------------------------- whole runs, as a user starts them
 
 TINY = ["--groups", "60", "--steps-scale", "0.002", "--save-seconds", "0"]
@@ -188,7 +200,8 @@ def test_a_run_writes_weights_curves_and_samples(finished):
 
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(finished, tmp_path):
-    """kill -9 twice, at different places; the finished file equals that of a run left alone."""
+    """kill -9 twice, at different places, and another part between; the finished file equals that
+    of a run left alone."""
     for part in ("diffusion_prior", "decoder"):
         again = ["--resume"] * (tmp_path / "state.pt").exists()
         process = start(*TINY, "--out", str(tmp_path), *again)
@@ -199,8 +212,11 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(finished, tmp_pa
         time.sleep(1.0)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    said, code = finish(*TINY, "--out", str(tmp_path), "--resume")
-    assert code == 0, said
+    for only in (["--only", "upsampler2"], []):                    # the decoder is left halfway
+        said, code = finish(*TINY, "--out", str(tmp_path), "--resume", *only)
+        assert code == 0, said
+        weights = torch.load(tmp_path / "toy.pt", weights_only=True)["weights"]
+        assert {"clip", "diffusion_prior", "upsampler2"} <= set(weights), "what was done stays"
     one, other = (torch.load(p / "toy.pt", weights_only=True)["weights"]
                   for p in (finished, tmp_path))
     for part in one:
@@ -275,7 +291,8 @@ def test_torchrun_trains_is_killed_and_resumes(finished, tmp_path):
 
 def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(finished, command):
     before = (finished / "state.pt").read_bytes()
-    for options, says in [((), "--resume"), (("--resume", "--seed", "5"), "another --out")]:
+    for options, says in [((), "--resume"), (("--resume", "--seed", "5"), "another --out"),
+                          (("--batch", "6", "--out", "new"), "multiple of 4, got 6 for clip")]:
         said, code = command(*TINY, "--out", str(finished), *options)
         assert code == 2 and says in said, said
     assert (finished / "state.pt").read_bytes() == before
@@ -292,11 +309,13 @@ def test_your_own_pictures_train_it_too(tmp_path, command):
         (data / f"{i}.txt").write_text(train_toy.caption(scene))
     (data / "broken.png").write_bytes(b"no picture")
     (data / "broken.txt").write_text("a broken thing")
+    (data / "0.txt").write_text("a red circle, as round as one can be, " * 4)
     Image.new("RGB", (9, 9)).save(data / "silent.png")
     said, code = command("--data", str(data), "--out", str(tmp_path / "run"), "--only", "decoder",
                          "--steps-scale", "0.001")
     assert code == 0, said
     assert "12 captioned pictures" in said and "2 skipped" in said
+    assert "1 of 12 captions have more than 20 tokens" in said
     assert unclip.load(tmp_path / "run/toy.pt").words
 
 
@@ -333,7 +352,8 @@ def test_the_papers_preset_trains_by_the_same_loop(tmp_path, command, monkeypatc
     x = model.sample(["a red circle"], generator=torch.Generator().manual_seed(0), progress=False)
     assert x.isfinite().all()
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    torch.save(state | {"current": {"step": 1}}, tmp_path / "state.pt")            # as if stopped
+    halfway = {"current": {"decoder": {"step": 1}}}                # as if stopped
+    torch.save(state | halfway, tmp_path / "state.pt")
     said, code = command(*options[:-5], "--out", str(tmp_path), "--resume")
     assert code == 2 and "another --out" in said, "half of a part in bf16, half not"
 
@@ -511,13 +531,9 @@ def test_the_committed_weights_are_small_enough_to_commit():
     assert WEIGHTS.stat().st_size <= 16e6
 
 
-@pytest.mark.parametrize("two, least", [(False, 11), (True, 6)])
+@pytest.mark.parametrize("two, least", [(False, 11), (True, 20)])
 def test_the_committed_weights_draw_what_the_caption_says(committed, two, least):
-    """At full size, captions training never showed: 12 of one thing, 24 of two.
-
-    A floor under what these weights do (12 and 7 with these captions). One thing is where it should
-    be; two things want 20 of 24, see the README.
-    """
+    """At full size, captions training never showed: 12 of one thing, 24 of two (the goal: 85 %)."""
     rng = random.Random(7)
     scenes = [train_toy.random_scene(rng, two=two, part="test") for _ in range(12 + 12 * two)]
     pictures = committed.sample([train_toy.caption(s) for s in scenes], progress=False,

@@ -64,6 +64,9 @@ def draw(model, captions=(CAPTION,), seed=0, **options):
 def test_a_caption_becomes_a_picture_in_range(stack, which):
     x = draw(stack, [CAPTION, "a red circle"], prior=which)
     assert x.shape == (2, 3, 256, 256)
+    one = stack.encode_text(CAPTION)
+    assert torch.equal(one.tokens, stack.encode_text([CAPTION]).tokens), "a string is one caption"
+    assert torch.equal(draw(stack, CAPTION, prior=which), draw(stack, prior=which))
     assert x.isfinite().all() and -1 <= x.min() and x.max() <= 1
 
 
@@ -319,6 +322,8 @@ def files(stack, tmp_path_factory):
     wrong = copy.deepcopy(content)
     wrong["config"]["clip"]["colour"] = 3
     torch.save(wrong, folder / "setting.pt")
+    del content["weights"]["decoder"]
+    torch.save(content, folder / "no_decoder.pt")
     return folder
 
 
@@ -362,6 +367,9 @@ BAD = {
     "a nonsense device": (["--weights", "good.pt", "--device", "toaster"], "no device 'toaster'"),
     "a folder that is not there": (["--weights", "good.pt", "-o", "no/where.png"], "no/where.png"),
     "not a picture's name": (["--weights", "good.pt", "-o", "out.xyz"], "out.xyz cannot be"),
+    "a kind that is only read": (["--weights", "good.pt", "-o", "out.psd"], "out.psd cannot be"),
+    "a part not trained": (["--weights", "no_decoder.pt"], "hold no decoder"),
+    "too few upsamplers": (["--weights", "good.pt", "--upsampler-steps", "2"], "2 numbers"),
     "too many steps": (["--weights", "good.pt", "--decoder-steps", "2000"], "got 2000"),
     "not a number": (["--weights", "good.pt", "-n", "zero"], "whole number"),
 }

@@ -49,14 +49,14 @@ def stop_and_resume(train):
     """Two steps, saved; all is forgotten; then the rest, from what was saved."""
     folder = [tempfile.mkdtemp()]                 # the first process's, known to both
     torch.distributed.broadcast_object_list(folder)
-    state = {"current": {}}
+    state = {"current": {"part": {}}}
 
     def save():
         train_toy.save_shards(state, Path(folder[0]), "part")
-        if state["current"]["step"] == STOP:
+        if state["current"]["part"]["step"] == STOP:
             raise KeyboardInterrupt
     try:
-        train(state["current"], save)
+        train(state["current"]["part"], save)
     except KeyboardInterrupt:
         torch.distributed.barrier()
     saved = train_toy.saved_shards(Path(folder[0]), "part")
