@@ -331,8 +331,8 @@ class UnCLIP:
         """ValueError unless there is one number for each upsampler; () is for none of them."""
         n = len(self.config.sampling.upsampler_steps)
         if len(steps) not in (0, n):
-            raise ValueError(f"expected {n} numbers of upsampler steps, one for each upsampler, "
-                             f"got {steps}")
+            raise ValueError(f"expected {n} number{'s' * (n > 1)} of upsampler steps, one for each "
+                             f"upsampler, got {steps}")
 
     def expect_image_encoder(self):
         if self.parts["clip"].image is None:

@@ -1,4 +1,5 @@
 """The whole stack: presets, checkpoints, sampling, the command line, its answers to bad input."""
+import argparse
 import copy
 import dataclasses
 import json
@@ -451,6 +452,20 @@ def test_recomputing_gives_the_same_gradients_and_keeps_less(name):
         grads.append([w.grad for w in part.parameters()])
     assert kept[1] < 0.6 * kept[0], f"{kept[1]} of {kept[0]} bytes are still kept"
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+
+
+def test_the_benchmark_counts_all_pictures_that_reranking_draws(monkeypatch):
+    """Four small ones for each large one: four times the work of prior and decoder, not of the
+    upsamplers."""
+    def flops(name):
+        _, work, steps, *_ = unclip.count(name, unclip.PARTS[name], getattr(toy, name),
+                                          argparse.Namespace(preset="toy", batch=1, train=False,
+                                                             recompute=False), torch.float32)
+        return work * steps
+    toy, names = unclip.PRESETS["toy"], ("diffusion_prior", "decoder", "upsampler1")
+    four = [flops(name) for name in names]
+    monkeypatch.setattr(toy.sampling, "rerank", 1)
+    assert [a / flops(name) for a, name in zip(four, names)] == [4, 4, 1]
 
 
 def test_the_benchmark_says_what_would_not_fit(command, monkeypatch):
