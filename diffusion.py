@@ -432,9 +432,6 @@ def sample(denoise, alphabar, x, times, *, predicts="eps", clamp=None, variance=
         if eta is not None:
             x = ddim_step(alphabar, x, t, s, x0, eta, noise)
             continue
-        if v is None and isinstance(variance, str) and variance == "learned":
-            raise ValueError(f'variance "learned" needs a prediction twice as wide as {[*x.shape]} '
-                             'on axis 1, with v; use "small" or "large"')
         x, var = q_posterior(alphabar, x0, x, t, s)
         if s == 0:
             break                                    # x is x0: no noise on the last step
@@ -443,6 +440,9 @@ def sample(denoise, alphabar, x, times, *, predicts="eps", clamp=None, variance=
         elif variance == "large":
             var = like(log_var_bounds(alphabar, t, s)[1].exp(), x)
         elif variance == "learned":
+            if v is None:
+                raise ValueError(f'variance "learned" needs a prediction twice as wide as '
+                                 f'{[*x.shape]} on axis 1, with v; use "small" or "large"')
             var = learned_range_log_var(alphabar, v, t, s).exp()
         x = x + var.sqrt() * noise
     return x
