@@ -444,7 +444,7 @@ class CLIPConfig:
     text_layers: int = 3            # 24
     text_heads: int = 4             # 16 (not in the paper: width / 64)
     activation: str = "quick_gelu"  # x sigmoid(1.702 x), as in OpenAI's CLIP; or gelu
-    apart: float = 0.0              # weight of the loss `apart` in training; the toy's only
+    apart: float = 0.0              # weight of `apart` in most of the training; the toy's only
     pixel_mean: tuple = PIXEL_MEAN  # what the image encoder subtracts from pixels in [0, 1]
     pixel_std: tuple = PIXEL_STD    # and divides by
 
@@ -591,8 +591,9 @@ def apart(image_emb, text_emb, caption_ids, scale=80.0):
     As in `clip_loss`; -> scalar in nats. A small CLIP stands still for long before "a red circle
     above a blue square" and its swapped rivals: while pictures do not show the difference captions
     forget it, and the other way round. Pushed apart for their own sake (uniformity, Wang and Isola
-    2020) each side keeps the difference until the other has found it. At most 2 log(B) for B
-    different captions, where all is one; 0 where all are far apart.
+    2020) each side keeps the difference until the other has found it; the last third of training
+    does without. At most 2 log(B) for B different captions, where all is one; 0 where all are far
+    apart.
     """
     return sum(clip_loss(z, z, scale, caption_ids) for z in (image_emb, text_emb))
 

@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # see unclip.py
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
+import collections
 import copy
 import datetime
 import functools
@@ -565,8 +566,8 @@ class Stage:
     """How one part is trained: a warm-up, then a cosine to zero, or a constant learning rate.
 
     Adam with decoupled weight decay (not on gains and biases), as in the paper. With `muon` the
-    inner matrices and convolutions are moved by torch.optim.Muon at that learning rate instead: in
-    a short run it needs about half as many steps.
+    inner matrices and convolutions are moved by `Muon` at that learning rate instead: in a short
+    run it needs about half as many steps.
     """
     steps: int
     batch: int
@@ -581,14 +582,14 @@ class Stage:
 
 
 STAGES = {
-    "clip": Stage(steps=2000, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.1, beta2=0.98),
-    "diffusion_prior": Stage(steps=500, batch=128, lr=1e-3, muon=3e-3, weight_decay=0.06,
+    "clip": Stage(steps=1100, batch=128, lr=1e-3, muon=3e-3, weight_decay=0.1, beta2=0.98),
+    "diffusion_prior": Stage(steps=350, batch=128, lr=1e-3, muon=3e-3, weight_decay=0.06,
                              beta2=0.96, ema=0.99),
-    "ar_prior": Stage(steps=700, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.04, beta2=0.96,
+    "ar_prior": Stage(steps=400, batch=64, lr=1e-3, muon=3e-3, weight_decay=0.04, beta2=0.96,
                       ema=0.99),
-    "decoder": Stage(steps=4500, batch=32, lr=2e-3, muon=6e-3, ema=0.99),
-    "upsampler1": Stage(steps=2500, batch=16, lr=2e-3, muon=6e-3, ema=0.99),
-    "upsampler2": Stage(steps=700, batch=8, lr=2e-3, muon=3e-3, ema=0.99),
+    "decoder": Stage(steps=1050, batch=64, lr=2e-3, muon=1e-2, ema=0.99),
+    "upsampler1": Stage(steps=1200, batch=16, lr=2e-3, muon=1e-2, ema=0.99),
+    "upsampler2": Stage(steps=600, batch=8, lr=2e-3, muon=1e-2, ema=0.99),
 }
 # The paper's table 3, which states no schedule and no warm-up; for CLIP appendix C and Radford et
 # al. 2021, with 32 epochs of 650 M pictures.
@@ -608,25 +609,77 @@ RECIPES = {"toy": STAGES, "paper": PAPER_STAGES}
 SAVE_SECONDS = {"toy": 20.0, "paper": 1800.0}     # the paper's decoder writes 56 GB each time
 
 
+def orthogonalizers(grams):
+    """A batch of Gram matrices G G^T, (N, m, m) -> Q, (N, m, m), so that Q G is nearly orthogonal.
+
+    Newton-Schulz (Jordan et al. 2024, "Muon"): G is brought to norm 1, then each of five steps
+    takes every singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. Those that began above 0.002
+    end between 0.68 and 1.21. Kept as a = G G^T and as the product q of all steps, all is m x m.
+    """
+    identity = torch.eye(grams.shape[-1], device=grams.device)
+
+    def factor(a):
+        return 3.4445 * identity - 4.775 * a + 2.0315 * a @ a
+
+    square = grams.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-14)   # |G|^2
+    a = grams / square
+    p = q = factor(a)
+    for _ in range(4):
+        a = p @ a @ p
+        p = factor(a)
+        q = p @ q
+    return q / square.sqrt()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal, so that all directions are learnt at one pace.
+
+    As torch.optim.Muon with adjust_lr_fn="match_rms_adamw" (Liu et al. 2025), but matrices of one
+    size go through Newton-Schulz together: on the toy's decoder a step takes 0.7 of the time
+    (tests/compare_speed.py). A convolution is a matrix too, with a row for each output.
+    """
+
+    def __init__(self, weights, lr=1e-3, weight_decay=0.0, momentum=0.95):
+        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            sizes = collections.defaultdict(list)
+            for w in group["params"]:
+                if w not in self.state:
+                    self.state[w]["average"] = torch.zeros_like(w)
+                average = self.state[w]["average"].lerp_(w.grad, 1 - group["momentum"])
+                g = w.grad.lerp(average, group["momentum"]).flatten(1)          # Nesterov's
+                sizes[min(g.shape)].append((w, g))
+            for some in sizes.values():
+                # of the rows, or of the columns if they are fewer
+                grams = [full(g @ g.T if g.shape[0] <= g.shape[1] else g.T @ g) for _, g in some]
+                for (w, g), q in zip(some, orthogonalizers(torch.stack(grams))):
+                    if isinstance(g, DTensor):
+                        q = DTensor.from_local(q, g.device_mesh)
+                    update = q @ g if g.shape[0] <= g.shape[1] else g @ q
+                    w.mul_(1 - group["lr"] * group["weight_decay"])
+                    w.sub_(update.view_as(w), alpha=0.2 * max(g.shape) ** 0.5 * group["lr"])
+
+
 def optimizers(model, stage):
-    """-> optimisers, every group with the learning rate at its height ("peak"), and Muon's pairs:
-    a weight, and the same memory as a matrix (a convolution is one too, a row for each output)."""
+    """-> optimisers, every group with the learning rate at its height ("peak")."""
     inner = ("blocks.", "down.", "mid_", "up.")
-    pairs = [(w, nn.Parameter(w.detach().flatten(1))) for key, w in model.named_parameters()
-             if stage.muon and w.ndim > 1 and any(part in key for part in inner)]
-    taken = {id(w) for w, _ in pairs}
-    rest = [w for w in model.parameters() if id(w) not in taken]
+    matrices = [w for key, w in model.named_parameters()
+                if stage.muon and w.ndim > 1 and any(part in key for part in inner)]
+    taken = set(matrices)
+    rest = [w for w in model.parameters() if w not in taken]
     adam = torch.optim.AdamW(
         [{"params": [w for w in rest if w.ndim > 1], "peak": stage.lr},
          {"params": [w for w in rest if w.ndim == 1], "peak": stage.lr, "weight_decay": 0.0},
          *({"params": [w], "peak": 10 * stage.lr, "weight_decay": 0.0}          # the temperature
            for w in rest if w.ndim == 0)],
         betas=(0.9, stage.beta2), eps=stage.eps, weight_decay=stage.weight_decay, fused=True)
-    if not pairs:
-        return [adam], pairs
-    muon = torch.optim.Muon([{"params": [m for _, m in pairs], "peak": stage.muon}],
-                            weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [adam, muon], pairs
+    if not matrices:
+        return [adam]
+    return [adam, Muon([{"params": matrices, "peak": stage.muon}],
+                       weight_decay=stage.weight_decay)]
 
 
 def batch_loss(name, model, data, batch, progress, share=(0, 1)):
@@ -642,7 +695,7 @@ def batch_loss(name, model, data, batch, progress, share=(0, 1)):
         z_i, z_t = (gather(z, share) for z in model(data.small(rows, data.size), tokens))
         with unclip.autocast(data.device, torch.float32):              # the loss is not rounded
             loss = clip.clip_loss(z_i, z_t, model.scale(), ids)
-            weight = model.config.apart
+            weight = model.config.apart if progress < 2 / 3 else 0.0
             return loss + weight * clip.apart(z_i, z_t, ids) if weight else loss
     if name.startswith("upsampler"):
         size = model.config.unet.size
@@ -713,7 +766,7 @@ def expectation(name, model, data, batch):
         most, apart = math.log(batch), 2 * model.config.apart
         more = f", and at most {apart * most:.2f} for what lies too near" if apart else ""
         return (f"from log({batch}) = {most:.2f}{more}; equal captions put the floor at "
-                f"{(1 + apart) * floor:.2f}")
+                f"{floor:.2f} in the end")
     if name == "ar_prior":
         return f"from log({model.config.buckets}) = {math.log(model.config.buckets):.2f}, a guess"
     torch.manual_seed(0)
@@ -818,10 +871,14 @@ def numbers(values, share):
     return values.tolist()
 
 
+def full(x):
+    """A tensor, put together again if it is spread over the processes."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 def whole(part):
     """A part's weights on the CPU, put together again where they were spread."""
-    return {key: (w.full_tensor() if isinstance(w, DTensor) else w).cpu()
-            for key, w in part.state_dict().items()}
+    return {key: full(w).cpu() for key, w in part.state_dict().items()}
 
 
 def save_shards(state, out, name):
@@ -846,9 +903,9 @@ def saved_shards(out, name):
     return {"folder": str(newest)} if newest else {}
 
 
-def load_shards(state, model, weights, opts, pairs):
+def load_shards(state, model, weights, opts):
     """Read state["folder"] into all that changes, each process its own part; in place."""
-    for w in [*weights, *(matrix for _, matrix in pairs)]:
+    for w in weights:
         w.grad = torch.zeros_like(w)
     for opt in opts:
         opt.step()                                # the moments come to be; all is overwritten now
@@ -873,9 +930,9 @@ def train(name, stage, model, data, seed, state, save, save_seconds=20.0, sam=0.
     -> the model with averaged weights.   FloatingPointError at a loss that is not finite.
     """
     model.train()
-    weights, (opts, pairs) = list(model.parameters()), optimizers(model, stage)
+    weights, opts = list(model.parameters()), optimizers(model, stage)
     if "folder" in state:
-        load_shards(state, model, weights, opts, pairs)
+        load_shards(state, model, weights, opts)
     elif state:
         model.load_state_dict(state["model"])
         for opt, saved in zip(opts, state["opts"]):
@@ -903,8 +960,6 @@ def train(name, stage, model, data, seed, state, save, save_seconds=20.0, sam=0.
             loss = batch()
             loss.backward()
         clip_gradients(weights, share)
-        for w, matrix in pairs:
-            matrix.grad = w.grad.flatten(1)
         for opt in opts:
             opt.step()
         if name == "clip":                        # a scale above 100 has no gradient: it would stay
@@ -985,7 +1040,7 @@ def run(args):
             print(f"{name}: {sum(w.numel() for w in part.parameters()) / 1e6:.2f} M parameters, "
                   f"{stage.steps} steps of {stage.batch}; loss: "
                   f"{expectation(name, part, data, stage.batch)}", flush=True)
-            if not stage.muon and processes == 1:      # Muon and FSDP want the usual order
+            if processes == 1:                         # FSDP wants the usual order
                 unclip.channels_last(part)
             if args.recompute:
                 unclip.recompute(part)
@@ -1183,7 +1238,7 @@ def markdown(table):
 # number is (mean, standard deviation) over SEEDS runs with other scenes and other noise.
 # Steps: DDIM's, both ways; a caption is drawn in half as many.
 
-SEEDS, PICTURES, STEPS = 3, 20, 50                # runs; pictures in each; steps
+SEEDS, PICTURES, MANY, STEPS = 3, 20, 67, 25      # runs; pictures in each, some in MANY; steps
 
 
 def over_seeds(measure):
@@ -1280,13 +1335,14 @@ def finish(figure, path, note):
 
 def find_variations(model, out):
     """Fig. 3: what z_i says stays, the rest varies, more with eta."""
-    etas = (0.0, 0.25, 0.5, 1.0)
+    etas = (0.25, 0.5, 1.0)
 
     def measure(seed):
-        scenes, generator, row = some_scenes(seed, PICTURES), seeded(seed), {}
+        scenes, generator, row = some_scenes(seed, MANY), seeded(seed), {}
         z_i, x_T = model.latent(render_many(scenes, 64), STEPS)
-        row["PSNR of the reconstruction"] = psnr(small_again(model, z_i, x_T),
-                                                 render_many(scenes, model.sizes[0]))
+        again = small_again(model, z_i, x_T)
+        row["PSNR of the reconstruction"] = psnr(again, render_many(scenes, model.sizes[0]))
+        row["kept, eta 0.0"] = right(scenes, again)
         for eta in etas:
             a, b = (small_again(model, z_i, x_T, generator, eta=eta) for _ in range(2))
             row[f"kept, eta {eta}"] = (right(scenes, a) + right(scenes, b)) / 2
@@ -1302,10 +1358,9 @@ def find_variations(model, out):
               [caption(s) for s in scenes],
               ["picture", "eta 0", "eta 0.5", "eta 0.5", "eta 1", "eta 1", "eta 1"],
               "Variations of a picture (paper, fig. 3): CLIP's embedding stays, the noise changes.")
-    kept, spread = numbers["kept, eta 1.0"], numbers["spread, eta 1.0"]
-    return numbers, (f"at eta = 1 {percent(kept)} keep all a caption says, and their spread is "
-                     f"{number(spread)} of that of fresh pictures "
-                     f"({number(numbers['spread, eta 0.25'])} at eta = 0.25)")
+    return numbers, "; ".join(
+        f"eta {eta}: {percent(numbers[f'kept, eta {eta}'])} keep all a caption says, their spread "
+        f"{number(numbers[f'spread, eta {eta}'])} of that of fresh pictures" for eta in etas)
 
 
 def psnr(a, b):
@@ -1355,14 +1410,14 @@ def edit_of(scene, kind, rng):
 
 def find_text_diffs(model, out):
     """Fig. 5: words change what they name and leave the rest."""
-    strengths, kinds = (0.25, 0.4, 0.5, 0.7), ("colour", "shape", "size")
+    strengths, kinds = (0.25, 0.3, 0.4, 0.5), ("colour", "shape", "size")
 
     def edited(z_i, x_T, scenes, targets, strength):
         z_d = model.difference([caption(stated(s)) for s in scenes], [caption(s) for s in targets])
         return small_again(model, diffusion.slerp(z_i, z_d, strength), x_T)
 
     def measure(seed):
-        row, scenes = {}, some_scenes(seed, PICTURES, two=False, part="train")
+        row, scenes = {}, some_scenes(seed, MANY, two=False, part="train")
         latent = model.latent(render_many(scenes, 64), STEPS)
         for kind, strength in itertools.product(kinds, strengths):
             rng = random.Random(seed)

@@ -75,8 +75,8 @@ def toy():
     """Everything small: 16 -> 64 -> 256 px, trained by train_toy.py on a CPU in minutes."""
     return Config(
         "toy",
-        clip.CLIPConfig(embed_dim=64, image_size=32, patch=4, image_width=96, image_layers=3,
-                        image_heads=3, vocab_size=600, context=20, text_width=128, text_layers=3,
+        clip.CLIPConfig(embed_dim=64, image_size=32, patch=8, image_width=128, image_layers=3,
+                        image_heads=4, vocab_size=600, context=20, text_width=128, text_layers=3,
                         text_heads=4, activation="gelu", pixel_mean=(1.0,) * 3,   # white is 0
                         pixel_std=(0.33,) * 3, apart=1.0),
         prior.DiffusionPriorConfig(embed_dim=64, context=20, width=128, layers=4, heads=4),

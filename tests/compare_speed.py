@@ -7,8 +7,9 @@ q, k, v and the context's keys and values each computed where they are used, att
 and a softmax, SiLU of the time embedding in every block. With --diffusers (to be installed beside
 our five packages) also against diffusers' U-Net, given the same weights. All are checked to say the
 same. Then the switches of unclip.py, on a step of training of the toy's decoder and diffusion
-prior; and the autoregressive prior with its cache against without. A large matrix product takes its
-turn among the runs: its FLOP/s are the ceiling that shares are of.
+prior; the autoregressive prior with its cache against without; and our step of Muon against
+torch's. A large matrix product takes its turn among the runs: its FLOP/s are the ceiling that
+shares are of.
 """
 import argparse
 import copy
@@ -33,6 +34,7 @@ import clip
 import decoder
 import diffusion
 import prior
+import train_toy
 import unclip
 
 
@@ -237,6 +239,19 @@ def ar_config():
                                heads=4)
 
 
+def muons():
+    """Two ways to do a step of Muon on the toy's decoder; torch's takes matrix after matrix."""
+    part = decoder.Decoder(unclip.toy().decoder)
+    ours = train_toy.optimizers(part, train_toy.STAGES["decoder"])[1]
+    matrices = []
+    for w in ours.param_groups[0]["params"]:
+        w.grad = torch.randn_like(w)
+        matrices.append(torch.nn.Parameter(w.detach().flatten(1).clone()))
+        matrices[-1].grad = w.grad.flatten(1)
+    theirs = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return {"ours": ours.step, "torch.optim.Muon": theirs.step}
+
+
 def measure(runs, with_diffusers):
     """-> all that the README's tables need, and on what it was measured."""
     toy = unclip.toy()
@@ -270,6 +285,9 @@ def measure(runs, with_diffusers):
         found["rows"].append({"what": f"AR prior, 320 positions, batch {B}", "passes": "sampling",
                               "FLOPs": None, "seconds": seconds})
         print(found["rows"][-1], flush=True)
+    found["rows"].append({"what": "Muon on the toy's decoder", "passes": "a step",
+                          "FLOPs": None, "seconds": medians(muons(), runs)})
+    print(found["rows"][-1], flush=True)
     return found
 
 

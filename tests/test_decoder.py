@@ -432,16 +432,17 @@ def test_the_schedule_stays_on_the_cpu_in_float64(make):
 # ---------------------------------------------------------------- upsamplers
 
 
-def test_after_fit_every_direction_of_the_data_begins_equally_large(own_words):
-    """Data with stds 1, 1/2, ..., 1/8 along random axes: the projections' outputs forget that."""
+def test_after_fit_directions_begin_equally_large_but_those_where_data_hardly_differ(own_words):
+    """Data with stds 1, 1/2, 1/4 ... along random axes: what a Wiener filter leaves of each."""
     axes = torch.linalg.qr(rand(8, 8))[0]
-    std = 1 / torch.arange(1.0, 9)
+    std = torch.tensor([1, 1 / 2, 1 / 3, 1 / 4, 1 / 5, 1 / 10, 1 / 30, 1 / 100])
     z = rand(4000, 8, number=1) * std @ axes.T + 3
     own_words.fit(z)
     for layer in (own_words.image_emb, own_words.image_tokens):
         assert layer(z).mean(0).abs().max() < 1e-2, "the mean of the data is not subtracted"
         size = (layer.weight @ axes * std).norm(dim=0)               # of what each axis gives
-        assert size.max() / size.min() < 1.6, f"{size}: cov^(-1/2), not cov^(-1) or cov^(1/2)"
+        left = size / (std ** 2 / (std ** 2 + 0.02))
+        assert left.max() / left.min() < 1.7, f"{left}: cov^(-1/2), not cov^(-1) or cov^(1/2)"
 
 
 def test_the_sizes_that_are_there_without_asking_work():

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from PIL import Image
 
 import clip
@@ -131,6 +132,38 @@ def test_the_average_follows_the_weights_with_the_stated_decay(embedded):
         decay = min(0.6, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * w
     assert torch.allclose(part.out.bias.double(), expected, atol=1e-6)
+
+
+def test_newton_schulz_brings_singular_values_near_1_and_keeps_their_directions():
+    """By the polynomial on the singular values themselves; tall, wide, and with small ones."""
+    for rows, columns in [(6, 6), (6, 40)]:
+        u = torch.linalg.qr(torch.randn(3, rows, rows).double()).Q
+        v = torch.linalg.qr(torch.randn(3, columns, rows).double()).Q
+        s = torch.logspace(0, -2.5, rows).double()
+        s = expected = s / s.norm()
+        for _ in range(5):
+            expected = 3.4445 * expected - 4.775 * expected ** 3 + 2.0315 * expected ** 5
+        g = 7 * u * s @ v.mT                      # whatever its norm
+        update = train_toy.orthogonalizers(g @ g.mT) @ g
+        torch.testing.assert_close(update, u * expected @ v.mT, rtol=1e-6, atol=1e-6)
+        assert ((0.68 < expected) & (expected < 1.21))[s > 0.002].all()
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 20), (20, 8), (8, 4, 3, 3), (40, 2, 3, 3)])
+def test_muon_steps_as_torchs_does(shape):
+    """torch's computes in bfloat16; ours, all of one size together, in float32."""
+    ours, beside = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(3, 8))
+    matrix = nn.Parameter(torch.ones(shape).flatten(1))
+    options = {"lr": 0.1, "weight_decay": 0.5}
+    muon = train_toy.Muon([beside, ours], **options)
+    reference = torch.optim.Muon([matrix], adjust_lr_fn="match_rms_adamw", **options)
+    for _ in range(4):
+        ours.grad, beside.grad = torch.randn(shape), torch.randn(3, 8)
+        matrix.grad = ours.grad.flatten(1)
+        muon.step()
+        reference.step()
+    moved = (ours - 1).flatten(1)
+    assert (moved - (matrix - 1)).norm() < 0.01 * moved.norm()
 
 
 def test_sam_steps_train_too(embedded):
@@ -477,7 +510,7 @@ def committed():
 @pytest.mark.long
 @pytest.mark.parametrize("name", train_toy.FINDINGS)
 def test_every_finding_draws_a_figure_and_says_its_numbers(name, committed, tmp_path, monkeypatch):
-    for constant, few in {"SEEDS": 2, "PICTURES": 4, "STEPS": 3}.items():
+    for constant, few in {"SEEDS": 2, "PICTURES": 4, "MANY": 5, "STEPS": 3}.items():
         monkeypatch.setattr(train_toy, constant, few)
     monkeypatch.setattr(committed.config.sampling, "decoder_steps", 2)
     find, where = train_toy.FINDINGS[name]
