@@ -651,7 +651,7 @@ def towards_the_caption(self, source, target):
      "test_training.py::test_twenty_steps_lower_the_loss[ar_prior]",
      "minidalle2: loss.backward() in three training scripts, and no optimiser in the repository.")
 def no_optimiser(model, stage):
-    return [], []
+    return []
 
 
 # ---------------------------------------------------------------- what a bug does
