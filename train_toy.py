@@ -1003,10 +1003,10 @@ def run(args):
              "spread": processes > 1}
     if args.sam and processes > 1:
         raise ValueError("--sam is for one process: the paper's replicas perturb one by one")
-    state = {"format": "unclip run 1", "about": about, "done": {}, "current": {}, "losses": {},
+    state = {"format": "unclip run 2", "about": about, "done": {}, "current": {}, "losses": {},
              "seconds": {}}
     if args.resume:
-        state = unclip.read_checkpoint(file, "unclip run 1")
+        state = unclip.read_checkpoint(file, "unclip run 2")
         before = state["about"]
         halfway = bool(state["current"]) or any(saved_shards(out, name) for name in STAGES
                                                 if name not in state["done"])

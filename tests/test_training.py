@@ -331,6 +331,13 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(finished, 
     assert (finished / "state.pt").read_bytes() == before
 
 
+def test_a_run_by_older_code_is_not_resumed(tmp_path, command):
+    """Its optimisers kept other numbers, its CLIP had other sizes: no traceback about shapes."""
+    torch.save({"format": "unclip run 1", "about": {}, "done": {}}, tmp_path / "state.pt")
+    said, code = command(*TINY, "--out", str(tmp_path), "--resume")
+    assert code == 2 and "holds no 'unclip run 2'" in said, said
+
+
 def test_your_own_pictures_train_it_too(tmp_path, command):
     data = tmp_path / "data"
     data.mkdir()
