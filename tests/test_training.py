@@ -533,6 +533,19 @@ def test_the_numbers_of_a_finding_are_mean_and_deviation_over_the_seeds():
     assert seen["x"] == pytest.approx((3.0, 7 ** 0.5))                 # (4 + 1 + 9) / 2
 
 
+def test_readings_differ_in_place_size_or_shade():
+    thing = train_toy.Thing("circle", "red", "small", x=0.4, y=0.5, r=0.1, tilt=0.0, shade=0.0)
+    far = replace(thing, x=0.8)
+    one, two = train_toy.Scene((thing,)), train_toy.Scene((thing, far), "left of")
+    assert not train_toy.differ(one, one) and not train_toy.differ(two, two.mirrored())
+    for change, less in (({"y": 0.5 - 0.016}, {"y": 0.515}), ({"r": 0.106}, {"r": 0.104}),
+                         ({"shade": -0.25}, {"shade": 0.15}), ({"x": 0.45}, {"tilt": 30.0})):
+        other = replace(thing, **change)
+        assert train_toy.differ(one, train_toy.Scene((other,))), change
+        assert train_toy.differ(train_toy.Scene((other, far), "left of"), two), change
+        assert not train_toy.differ(one, train_toy.Scene((replace(thing, **less),))), less
+
+
 def test_diversity_is_1_for_pictures_as_different_as_true_ones_and_0_for_equal_ones():
     scenes = [train_toy.random_scene(random.Random(i), two=False) for i in range(200)]
     rng = random.Random(1)

@@ -416,7 +416,8 @@ def test_the_benchmark_measures_every_stage(command, monkeypatch, options):
     assert content["stages"][3]["steps"] == (1 if "--train" in options else 3)
 
 
-@pytest.mark.parametrize("options", [[], ["--train", "--recompute"]])
+@pytest.mark.parametrize("options", [[], pytest.param(["--train", "--recompute"],
+                                                      marks=pytest.mark.long)])
 def test_the_benchmark_counts_the_papers_size_without_a_gpu(command, options):
     """On meta nothing can be copied back to the CPU: a step that waited for the GPU would fail."""
     status, said, _ = command(unclip.main, "benchmark", "--preset", "paper", "--device", "meta",
