@@ -189,7 +189,7 @@ def test_a_temperature_that_overshot_can_come_back(embedded):
 
 # ---------------------------------------------------------------- whole runs, as a user starts them
 
-TINY = ["--groups", "60", "--steps-scale", "0.002", "--save-seconds", "0"]
+TINY = ["--groups", "60", "--steps-scale", "0.002", "--batch", "16", "--save-seconds", "0"]
 
 
 def start(*options):
