@@ -1341,7 +1341,7 @@ def finish(figure, path, note):
 
 
 def find_variations(model, out):
-    """Fig. 3: what z_i says stays, the rest varies, more with eta. The first is the default."""
+    """Fig. 3: what z_i says stays, the rest varies, more with eta."""
     etas = (0.25, 0.5, 1.0)
 
     def measure(seed):

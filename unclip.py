@@ -375,7 +375,7 @@ class UnCLIP:
             x = model.decode(z_i, x_T, text, steps, eta, guidance, generator, null, progress)
         return self.enlarge(x, upsampler_steps, generator, progress)
 
-    def variations(self, image, n=8, eta=0.25, *, guidance=1.0, steps=250, upsampler_steps=None,
+    def variations(self, image, n=8, eta=0.2, *, guidance=1.0, steps=250, upsampler_steps=None,
                    generator=None, progress=None):
         """Pictures that share what CLIP sees in one: (3, H, W) -> (n, 3, H', W').   Sec. 3.1
 
@@ -1168,7 +1168,7 @@ def main(argv=None):
                               formatter_class=formatter, allow_abbrev=False)
     sub.add_argument("image", metavar="PICTURE", help="any picture file; its middle square is used")
     sub.add_argument("-n", type=positive, default=8, help="how many")
-    sub.add_argument("--eta", type=float, default=0.25, help="noise on the way: 0 draws the "
+    sub.add_argument("--eta", type=float, default=0.2, help="noise on the way: 0 draws the "
                      "picture itself, 1 keeps only what CLIP sees")
     sub.add_argument("-o", "--out", default="variations.png", help="where to write the picture")
     sub.set_defaults(run=run_variations)

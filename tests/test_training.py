@@ -1,5 +1,6 @@
 """The training loop: it learns, resumes exactly, stops when it must; and the committed weights."""
 import argparse
+import inspect
 import math
 import os
 import random
@@ -593,3 +594,21 @@ def test_the_committed_weights_draw_what_the_caption_says(committed, two, least)
                                 generator=torch.Generator().manual_seed(0))
     right = [train_toy.agrees(a, train_toy.read(b)) for a, b in zip(scenes, pictures)]
     assert sum(right) >= least, f"{sum(right)} of {len(right)} right"
+
+
+@pytest.mark.long
+def test_variations_at_the_default_settings_keep_what_captions_say_and_differ(committed):
+    """The goal: 90 %. They differ in place, size or shade, by the reader."""
+    default = {name: inspect.signature(committed.variations).parameters[name].default
+               for name in ("eta", "steps")}
+    scenes = train_toy.some_scenes(0, 50)
+    z_i, x_T = committed.latent(train_toy.render_many(scenes, 64), default["steps"])
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        a, b = (committed.decode(z_i, x_T, upsampler_steps=(), generator=generator, **default)
+                for _ in range(2))
+    kept = train_toy.right(scenes, a) + train_toy.right(scenes, b)
+    differ = train_toy.fraction(train_toy.differ(train_toy.read(x), train_toy.read(y))
+                                for x, y in zip(a, b))
+    print(f"{50 * kept:.0f} of 100 kept, {50 * differ:.0f} of 50 pairs differ")
+    assert kept / 2 >= 0.9 and differ >= 0.9, (kept / 2, differ)
