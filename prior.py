@@ -382,8 +382,9 @@ class ARPrior(nn.Module):
                 logits = diffusion.guide(*logits.chunk(2), guidance)           # (B, buckets)
             codes.append((logits / temperature + gumbel[k]).argmax(1))         # (B,)
             if k + 1 < c.components:
-                new = self.code(codes[-1].repeat(len(prefix) // B)) + self.pos[2 + k]     # (B', W)
-                x = new[:, None] if cached else torch.cat([x, new[:, None]], dim=1)
+                new = self.code(codes[-1]) + self.pos[2 + k]                   # (B, W)
+                new = torch.cat([new] * (len(prefix) // B))[:, None]           # (B', 1, W)
+                x = new if cached else torch.cat([x, new], dim=1)
         return self.decode(torch.stack(codes, dim=1))
 
 

@@ -682,11 +682,13 @@ def recompute(part):
 def compile_blocks(part):
     """torch.compile, a Transformer block or a whole U-Net at a time.
 
-    On a CPU a toy step gains nothing, and the first one takes a minute: off by default.
+    On a CPU a toy step gains little, and the first one takes a minute: off by default.
     """
     for module in part.modules():
-        if isinstance(module, (clip.Block, decoder.UNet)):
+        if isinstance(module, clip.Block):
             module.compile()
+        if isinstance(module, decoder.UNet):
+            module.compile(dynamic=False)        # code for every size: for any, torch 2.13 may fail
 
 
 # ---------------------------------------------------------------- benchmark

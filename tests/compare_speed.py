@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # see unclip.py
@@ -255,8 +256,9 @@ def muons():
 def measure(runs, with_diffusers):
     """-> all that the README's tables need, and on what it was measured."""
     toy = unclip.toy()
-    quarter = decoder.UNetConfig(size=32, channels=64, mults=(1, 2, 3, 4), depth=2,
-                                 attention=(16, 8, 4), context_width=256)
+    small = decoder.UNetConfig(size=32, channels=64, mults=(1, 2, 3, 4), depth=2,
+                               attention=(16, 8, 4), context_width=256)
+    quarter = replace(unclip.paper().decoder.unet, channels=128, context_width=512, dropout=0.0)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     found = {"machine": unclip.machine("cpu"), "threads": torch.get_num_threads(),
              "torch": torch.__version__, "date": datetime.date.today().isoformat(), "runs": runs,
@@ -265,26 +267,30 @@ def measure(runs, with_diffusers):
              "rows": [], "steps of training": {}}
     compared = [("U-Net of the toy's decoder, batch 16", networks(toy.decoder.unet, 16)),
                 ("U-Net of upsampler 1, batch 4", networks(toy.upsampler1.unet, 4)),
-                ("U-Net of 64 channels, 4 levels, batch 2", networks(quarter, 2))]
+                ("U-Net of 64 channels, 32 px, batch 2", networks(small, 2)),
+                ("the paper's decoder, a quarter as wide, batch 2", networks(quarter, 2))]
     if with_diffusers:
         import diffusers
         found["diffusers"] = diffusers.__version__
-        compared.append(("the same U-Net, batch 2", networks_of_diffusers(quarter, 2)))
+        compared += [(what + ", diffusers' weights", networks_of_diffusers(config, 2))
+                     for (what, _), config in zip(compared[2:], (small, quarter))]
     for what, ways in compared:
         found["rows"] += [{"what": what} | row for row in compare(ways, runs)]
         print(what, *found["rows"][-2:], sep="\n", flush=True)
     for name in ("decoder", "diffusion_prior"):
         found["steps of training"][name] = compare_switches(name, runs)
         print(f"a step of training, toy {name}:", found["steps of training"][name], flush=True)
-    part = prior.ARPrior(ar_config()).eval()
-    for B in (1, 4):
+    part, threads = prior.ARPrior(ar_config()).eval(), torch.get_num_threads()
+    for B, n in ((1, threads), (4, threads), (1, 1)):    # two threads wait for one another often
+        torch.set_num_threads(n)
         text = unclip.random_text(part.config, B, "cpu", torch.float32)
         seconds = medians({name: lambda cached=cached: part.sample(
             text, cached=cached, generator=torch.Generator().manual_seed(0))
-            for name, cached in (("ours", True), ("without the cache", False))}, min(runs, 3))
-        found["rows"].append({"what": f"AR prior, 320 positions, batch {B}", "passes": "sampling",
-                              "FLOPs": None, "seconds": seconds})
+            for name, cached in (("ours", True), ("without the cache", False))}, runs)
+        found["rows"].append({"what": f"AR prior, 320 positions, batch {B}, threads: {n}",
+                              "passes": "sampling", "FLOPs": None, "seconds": seconds})
         print(found["rows"][-1], flush=True)
+    torch.set_num_threads(threads)
     found["rows"].append({"what": "Muon on the toy's decoder", "passes": "a step",
                           "FLOPs": None, "seconds": medians(muons(), runs)})
     print(found["rows"][-1], flush=True)
