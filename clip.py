@@ -323,7 +323,7 @@ def token_mask(tokens, end):
 
 def unit(z):
     """Rows of length 1: (..., D) -> (..., D). A row of zeros stays zero."""
-    return F.normalize(z, dim=-1)
+    return F.normalize(z, dim=-1, eps=max(1e-12, torch.finfo(z.dtype).tiny))      # in half: not 0
 
 
 def attend(q, k, v, heads, mask=None, causal=False):

@@ -287,11 +287,11 @@ class Decoder(nn.Module):
         """Start the projections of z_i white on data, z_i (N, D). Run once, before training.
 
         W = R (C + c I)^(-1) C^(1/2), b = -W mean, with R random, C = cov z_i, c 2 % of its largest
-        eigenvalue: what tells one picture from another begins as large as what all share. (Swapped
-        captions are 0.9 alike; a network that has to enlarge the difference itself learns last
-        which thing is red.) As a Wiener filter against noise of variance c it stays small where
-        pictures hardly differ: there z_i says little of what captions say, and what edits by words
-        (sec. 3.3) add there means nothing.
+        eigenvalue: what tells one picture from another begins as large as what all share. (A
+        network that has to enlarge the difference itself learns last which thing is red.) As a
+        Wiener filter against noise of variance c it stays small where pictures hardly differ: there z_i
+        says little of what captions say, and what edits by words (sec. 3.3) add there means
+        nothing.
         """
         power, basis = torch.linalg.eigh(z_i.T.cov())
         white = basis * (power.clamp(min=0).sqrt() / (power + 0.02 * power[-1])) @ basis.T  # (D, D)
@@ -658,9 +658,9 @@ class Upsampler(nn.Module):
         """The times to sample at: evenly spaced with both ends, if nothing better is known.
 
         Better for DDIM: GLIDE's 27, or a whole stride where there is one (it spares t = T), but not
-        of fewer than four, which would begin in the middle.
+        of fewer than 15, which would begin where x_t still shows the picture.
         """
-        if self.config.eta is None or steps < 4:
+        if self.config.eta is None or steps < 15:
             return diffusion.spaced_timesteps(self.config.T, steps)
         if steps == 27:
             return diffusion.glide27_timesteps(self.config.T)

@@ -78,7 +78,10 @@ class DiffusionPrior(nn.Module):
         self.register_buffer("cov", torch.zeros(c.T + 1))      # see fit_variance; 0: fixed small
 
     def scale(self, z):
-        """CLIP embeddings (B, D) -> the space of the diffusion (B, D)."""
+        """CLIP embeddings (B, D) -> the space of the diffusion (B, D): minus mean, by std.
+
+        Before that they are brought to length 1, but with config.whiten.
+        """
         return ((z if self.config.whiten else unit(z)) - self.mean) / self.std
 
     def unscale(self, x):
@@ -127,7 +130,8 @@ class DiffusionPrior(nn.Module):
         """z_i (B, D) -> (B,): squared error of the predicted z_i; 10 % dropped captions.   Sec. 2.2
 
         The mean over the D elements, in the scaled space. Expect 0.2889 (17.2^2 / 1024) from a
-        model that predicts 0. share: see `diffusion.drawn`.
+        model that predicts 0. Draws the times (`diffusion.random_times`), the noise, then a number
+        in [0, 1) a caption, dropped below 0.1. share: see `diffusion.drawn`.
         """
         B, x0 = len(z_i), self.scale(z_i)
         t = diffusion.drawn(lambda n: diffusion.random_times(self.config.T, n), B, share)
@@ -298,6 +302,8 @@ class ARPrior(nn.Module):
             lower = F.pad(self.edges[k], (1, 0), value=float(y[:, k].min()))   # for empty buckets
             self.values[k] = torch.where(count > 0, total / count.clamp(min=1), lower)
 
+    @torch.autocast("cuda", enabled=False)       # in bf16 half of the paper's codes would be others
+    @torch.autocast("cpu", enabled=False)
     def encode(self, z):
         """z (B, D) -> codes (B, K) in 0..buckets-1: how many cuts of edges[k] are not above y_k.
 

@@ -18,6 +18,7 @@ import collections
 import copy
 import datetime
 import functools
+import gc
 import itertools
 import json
 import math
@@ -38,6 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import distributed
 from torch.distributed import checkpoint
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -701,8 +703,8 @@ def batch_loss(name, model, data, batch, progress, share=(0, 1)):
         size = model.config.unet.size
         crops = 4 if size > 64 else 1             # of each picture: large ones take long to draw
         rows = torch.randint(len(data.tokens), (batch // crops,)).chunk(processes)[rank]
-        high = data.to_device(data.source.pictures(rows.tolist(), size))
-        return model.loss(*model.prepare(high, crops, share), share).mean()
+        high, low = model.prepare(data.source.pictures(rows.tolist(), size), crops, share)
+        return model.loss(data.to_device(high), data.to_device(low), share).mean()
     rows = torch.randint(len(data.tokens), (batch,)).chunk(processes)[rank]
     z_i, text = clip.unit(data.z_i[data.to_device(rows)]), data.text(rows)
     if name == "decoder":
@@ -764,7 +766,7 @@ def expectation(name, model, data, batch):
         same = data.ids[data.rivals(batch)]
         floor = (same[:, None] == same[None, :]).sum(1).log().mean()
         most, apart = math.log(batch), 2 * model.config.apart
-        more = f", and at most {apart * most:.2f} for what lies too near" if apart else ""
+        more = f", and about {apart * most:.2f} for what lies too near" if apart else ""
         return (f"from log({batch}) = {most:.2f}{more}; equal captions put the floor at "
                 f"{floor:.2f} in the end")
     if name == "ar_prior":
@@ -824,10 +826,12 @@ def shard(part):
     The U-Net's attention stays with the root: its keys of the context are asked for from outside.
     So does CLIP's temperature, whole in each process: FSDP cannot cut a single number.
     """
+    device = next(part.parameters()).device.type         # FSDP alone would take any GPU there is
+    mesh = init_device_mesh(device, (distributed.get_world_size(),))
     for module in part.modules():
         if isinstance(module, (clip.Block, decoder.ResBlock)):
-            fully_shard(module)
-    fully_shard(part, ignored_params={w for w in part.parameters() if w.ndim == 0})
+            fully_shard(module, mesh=mesh)
+    fully_shard(part, mesh=mesh, ignored_params={w for w in part.parameters() if w.ndim == 0})
 
 
 def local(tensors):
@@ -937,6 +941,7 @@ def train(name, stage, model, data, seed, state, save, save_seconds=20.0, sam=0.
         model.load_state_dict(state["model"])
         for opt, saved in zip(opts, state["opts"]):
             opt.load_state_dict(saved)
+        state["ema"] = [average.to(w.device) for average, w in zip(state["ema"], weights)]
     else:
         state.update(step=0, losses=[], seconds=0.0, ema=[w.detach().clone() for w in weights])
     warmup = 1 + min(stage.warmup, stage.steps // 5)
@@ -997,6 +1002,10 @@ def run(args):
     """Train the stack, part after part, into the folder args.out; or go on where a run stopped."""
     share = rank, processes = join(args.device)
     out, file = Path(args.out), Path(args.out) / "state.pt"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; --out names a folder")
+    if args.steps_scale <= 0:
+        raise ValueError(f"expected --steps-scale above 0, got {args.steps_scale:g}")
     about = {"seed": args.seed, "steps_scale": args.steps_scale, "data": args.data or "",
              "groups": args.groups, "sam": args.sam, "preset": args.preset,
              "batch": args.batch or 0, "dtype": args.dtype, "vocab": args.vocab or "",
@@ -1060,6 +1069,7 @@ def run(args):
                 part = make_part(name, model, data, args.seed + number)
                 part.load_state_dict(weights)
                 part.eval()
+                gc.collect()                           # the spread one is tied up in itself
             if name == "diffusion_prior":
                 rows = torch.arange(len(data.tokens))[::max(1, len(data.tokens) // 500)]
                 part.fit_variance(data.z_i[rows], data.text(rows),
@@ -1457,7 +1467,7 @@ def find_text_diffs(model, out):
 
 def find_pca(model, out):
     """Fig. 7: the first principal components hold what matters most to CLIP."""
-    ks = (1, 2, 4, 6, 9, 14, 64)
+    ks = (0, 1, 2, 4, 6, 9, 14, 64)              # 0: the mean of all pictures, a guess
     names = ("number", "colour", "relation", "size", "shape")
     z = clip.unit(model.encode_image(render_many(some_scenes(9, 2000, part=None), 64)))
     mean, basis = prior.principal_components(z, keep=1.0)
@@ -1465,11 +1475,11 @@ def find_pca(model, out):
     def again(scenes, k, seed):
         z_i, size = clip.unit(model.encode_image(render_many(scenes, 64))), model.sizes[0]
         z_i = clip.unit(mean + (z_i - mean) @ basis[:, :k] @ basis[:, :k].T)
-        x_T = torch.randn(1, 3, size, size, generator=seeded(seed)).expand(len(z_i), -1, -1, -1)
+        x_T = torch.randn(len(z_i), 3, size, size, generator=seeded(seed))
         return small_again(model, z_i, x_T)
 
     def measure(seed):
-        row, scenes = {}, some_scenes(seed, PICTURES, two=True)
+        row, scenes = {}, some_scenes(seed, PICTURES)
         for k in ks:
             seen = [attributes(read(x)) for x in again(scenes, k, seed)]
             for name in names:
@@ -1482,10 +1492,13 @@ def find_pca(model, out):
     draw_grid(out / "pca.png", [[c[i] for c in columns] for i in range(3)],
               [caption(s) for s in scenes], [f"k = {k}" for k in ks],
               "Drawn from the first k principal components of z_i (paper, fig. 7).")
-    half = {name: next((k for k in ks if numbers[f"{name}, k = {k}"][0]
-                        >= 0.8 * numbers[f"{name}, k = {ks[-1]}"][0]), ks[-1]) for name in names}
-    return numbers, "components after which 80 % of what all of z_i gives is there: " + ", ".join(
-        f"{name} {k}" for name, k in sorted(half.items(), key=lambda pair: pair[1]))
+    most = {}
+    for name in names:
+        guess, *shares = (numbers[f"{name}, k = {k}"][0] for k in ks)
+        most[name] = next(k for k, share in zip(ks[1:], shares)
+                          if share - guess >= 0.8 * (shares[-1] - guess))
+    return numbers, "components that win 80 % of what all of z_i wins over a guess: " + ", ".join(
+        f"{name} {k}" for name, k in sorted(most.items(), key=lambda pair: pair[1]))
 
 
 def find_prior(model, out):
@@ -1817,7 +1830,8 @@ def main(argv=None):
         option("--resume", action="store_true", help="go on where the run in --out stopped")
         option("--only", nargs="+", choices=STAGES, help="train these parts only, over the CLIP "
                "of the run that is resumed; without one it is trained first")
-        option("--steps-scale", type=float, default=1.0, metavar="X", help="all steps times X")
+        option("--steps-scale", type=unclip.finite, default=1.0, metavar="X",
+               help="all steps times X")
         option("--batch", type=unclip.positive, metavar="N",
                help="pictures in a step, over all processes (default: the preset's)")
         option("--vocab", metavar="PATH", help="read the tokenizer there (OpenAI's merges file, or "
@@ -1829,10 +1843,10 @@ def main(argv=None):
         option("--compile", action="store_true", help="with torch.compile")
         option("--groups", type=unclip.positive, default=6000, metavar="N",
                help="groups of four scenes in the toy world's training set")
-        option("--sam", type=float, default=0.0, metavar="RHO",
+        option("--sam", type=unclip.finite, default=0.0, metavar="RHO",
                help="train CLIP with sharpness-aware steps, as the paper did (0.1)")
-        option("--save-seconds", type=float, metavar="S", help="how often to save what --resume "
-               "needs (default: every 20 s; with --preset paper every half hour)")
+        option("--save-seconds", type=unclip.finite, metavar="S",
+               help="how often to save what --resume needs (default: every 20 s; with --preset paper every half hour)")
     args = parser.parse_args(argv if command == "train" else argv[1:])
     unclip.stop_on_error(COMMANDS.get(command, run), args)
 

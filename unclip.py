@@ -21,6 +21,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import gc
 import json
 import math
 import platform
@@ -42,6 +43,8 @@ import clip
 import decoder
 import diffusion
 import prior
+
+torch.backends.cudnn.allow_tf32 = False     # float32 is float32 on a GPU, too: a seed, a picture
 
 # ---------------------------------------------------------------- presets
 
@@ -218,7 +221,7 @@ class UnCLIP:
             raise ValueError("this stack has fresh weights and no tokenizer; load trained weights")
         empty = [text for text in captions if not clip.clean(text)]
         if empty or not captions:
-            raise ValueError(f"expected captions with some text, got {empty or captions!r}")
+            raise ValueError(f"expected captions with some text, got {(empty or captions)[:1]}")
         return self._text(captions)
 
     def _text(self, captions):
@@ -415,8 +418,8 @@ class UnCLIP:
         z_i is turned towards the difference of the two captions, x_T kept:
             z_d = norm(z_t - z_t0),   z = slerp(z_i, z_d, theta),   theta = 0 ... strength
         -> (n, 3, H', W'), from the picture itself to the full edit; n = 1 gives the full edit.
-        strength: the paper's is 0.25 to 0.5; z_d is nearly at right angles to z_i, so 0.5 is 45
-        degrees.
+        strength: the share of the angle between z_i and z_d. The paper's is 0.25 to 0.5, 45 degrees
+        if they are at right angles; in the toy they are farther apart, up to 120 degrees.
         """
         z_d = self.difference([source], [target])                              # (1, D)
         z_i, x_T = self.latent(image[None], steps, progress)
@@ -467,15 +470,20 @@ def save_atomically(content, path):
 
 def build_from(config, device="cpu", dtype=torch.float32):
     """A Config -> UnCLIP with fresh weights."""
-    parts = {}
-    with torch.device(device):
-        for name, kind in PARTS.items():
-            sizes = getattr(config, name)
-            parts[name] = None if sizes is None else kind(sizes).eval()
-    for part in parts.values():
-        if part is not None:
-            part.to(dtype)
-    return UnCLIP(config, parts)
+    return UnCLIP(config, {name: None if getattr(config, name) is None else
+                           fresh(kind, getattr(config, name), device, dtype).eval()
+                           for name, kind in PARTS.items()})
+
+
+def fresh(kind, config, device, dtype):
+    """One part with fresh weights, never in more memory than it needs in `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return kind(config).to(dtype)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def build(preset, device="cpu", dtype=torch.float32):
@@ -674,9 +682,12 @@ def recompute(part):
 
     Training of a part then needs less memory; a toy step takes 40 to 50 % longer.
     """
+    def again(forward):                                  # a function: torch.compile sees into it
+        return lambda *a, **options: checkpoint(forward, *a, use_reentrant=False, **options)
+
     for block in part.modules():
         if isinstance(block, (clip.Block, decoder.ResBlock, decoder.Attention)):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = again(block.forward)
 
 
 def compile_blocks(part):
@@ -868,6 +879,7 @@ def matmul_ceiling(device, dtype):
 
 def free_memory(device):
     """Bytes that can still be had."""
+    gc.collect()                                         # compiled parts are tied up in themselves
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -906,16 +918,15 @@ def benchmark_stage(name, kind, config, args, device, dtype):
                               f"{free_memory(device) / 1e9:.1f} GB are free"}
     if needs > free_memory(device):
         row["note"] = f"may not fit: {free_memory(device) / 1e9:.1f} GB are free"
-    with torch.device(device):
-        part = channels_last(kind(config))
-    part = part.train() if args.train else part.eval().to(dtype)
-    reset_peak_memory(device)                            # making them took float32
-    if args.recompute:
-        recompute(part)
-    if args.compile:
-        compile_blocks(part)
     with torch.set_grad_enabled(args.train):
         try:
+            reset_peak_memory(device)
+            part = channels_last(fresh(kind, config, device,
+                                       torch.float32 if args.train else dtype)).train(args.train)
+            if args.recompute:
+                recompute(part)
+            if args.compile:
+                compile_blocks(part)
             if args.train:
                 loss = training_loss(name, part, args.batch, device)
                 step = training_step(part, loss, device, dtype)
@@ -1129,6 +1140,17 @@ def positive(text):
     return int(text)
 
 
+def finite(text):
+    """argparse type: a number, neither infinite nor nan."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return value
+
+
 def main(argv=None):
     formatter = HelpFormatter
     parser = argparse.ArgumentParser(description="unCLIP: from a caption to a picture.",
@@ -1144,7 +1166,7 @@ def main(argv=None):
     common.add_argument("--low-memory", action="store_true",
                         help="parts come to the device one at a time")
     common.add_argument("--seed", type=int, default=0, help="equal seeds, equal pictures")
-    common.add_argument("--guidance", type=float,
+    common.add_argument("--guidance", type=finite,
                         help="of the decoder; 1 is none (default: the weights'; "
                         "from pictures: 1)")
     common.add_argument("--decoder-steps", type=positive, metavar="N",
@@ -1157,7 +1179,7 @@ def main(argv=None):
     sub.add_argument("captions", nargs="+", metavar="CAPTION")
     sub.add_argument("-n", type=positive, default=1, help="pictures of each caption")
     sub.add_argument("--prior", choices=("diffusion", "ar"), default="diffusion")
-    sub.add_argument("--prior-guidance", type=float, help="(default: the weights')")
+    sub.add_argument("--prior-guidance", type=finite, help="(default: the weights')")
     sub.add_argument("--prior-steps", type=positive, metavar="N", help="(default: the weights')")
     sub.add_argument("--candidates", type=positive, metavar="N",
                      help="embeddings drawn for each picture (default: the weights')")
@@ -1170,7 +1192,7 @@ def main(argv=None):
                               formatter_class=formatter, allow_abbrev=False)
     sub.add_argument("image", metavar="PICTURE", help="any picture file; its middle square is used")
     sub.add_argument("-n", type=positive, default=8, help="how many")
-    sub.add_argument("--eta", type=float, default=0.2, help="noise on the way: 0 draws the "
+    sub.add_argument("--eta", type=finite, default=0.2, help="noise on the way: 0 draws the "
                      "picture itself, 1 keeps only what CLIP sees")
     sub.add_argument("-o", "--out", default="variations.png", help="where to write the picture")
     sub.set_defaults(run=run_variations)
@@ -1191,7 +1213,7 @@ def main(argv=None):
     sub.add_argument("--source", required=True, metavar="CAPTION", help="what the picture shows")
     sub.add_argument("--target", required=True, metavar="CAPTION", help="what it shall show")
     sub.add_argument("-n", type=positive, default=8, help="pictures on the way there")
-    sub.add_argument("--strength", type=float, default=0.4, metavar="SHARE",
+    sub.add_argument("--strength", type=finite, default=0.4, metavar="SHARE",
                      help="how far to turn the embedding towards the change, at most; 1 is all the "
                      "way")
     sub.add_argument("-o", "--out", default="edit.png", help="where to write the picture")
@@ -1207,7 +1229,7 @@ def main(argv=None):
     sub.add_argument("--train", action="store_true", help="steps of training instead of sampling")
     sub.add_argument("--compile", action="store_true", help="with torch.compile")
     sub.add_argument("--recompute", action="store_true", help="with activation checkpointing")
-    sub.add_argument("--limit-seconds", type=float, default=20.0, metavar="S",
+    sub.add_argument("--limit-seconds", type=finite, default=20.0, metavar="S",
                      help="for each stage: measure a few steps and scale")
     sub.add_argument("--json", metavar="PATH", help="write the table there too")
     sub.set_defaults(run=run_benchmark)

@@ -239,8 +239,8 @@ def stubs(names, solve=False):
         lines, whole, node = source(name)
         where, level = EXERCISES.get(name, ("-", 0))
         about = (f"# {name}: {where}" + f", difficulty {level} of 3" * bool(level)
-                 + (f", graded by {len(tests[name])} tests" if name in tests else
-                    ", no test of its own"))
+                 + (f", graded by {len(tests[name])} test" + "s" * (len(tests[name]) > 1)
+                    if name in tests else ", no test of its own"))
         parts = functions(name)
         if isinstance(node, ast.ClassDef) or name.count(".") > 1:
             kind = source(".".join(parts[0].split(".")[:2]))[2]
@@ -279,6 +279,8 @@ def load(path):
     path = Path(path).resolve()
     if not path.is_file():
         raise ValueError(f"there is no file {path}; write one with tests/coursework.py")
+    if path.suffix != ".py":
+        raise ValueError(f"expected a Python file, NAME.py, got {path.name}")
     spec = importlib.util.spec_from_file_location("the_students_file", path)
     module = importlib.util.module_from_spec(spec)
     try:

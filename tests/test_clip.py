@@ -435,6 +435,12 @@ def test_clip_gives_the_numbers_of_the_original(name, tmp_path):
         assert error(got, want[name]) < 2e-5, f"{name}: quick GELU, LayerNorm eps 1e-5, causal?"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_of_zeros_stays_zero_and_others_get_length_1(dtype):
+    z = clip.unit(torch.tensor([[0.0, 0.0], [3.0, 4.0]], dtype=dtype))
+    assert torch.allclose(z.double(), torch.tensor([[0.0, 0.0], [0.6, 0.8]]).double(), atol=4e-3)
+
+
 def test_images_are_normalised_as_clip_was_trained(model, images):
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
@@ -523,7 +529,7 @@ def test_the_contrastive_loss_by_double_loop(ids):
             true = [j for j in range(B) if names[j] == names[i]]
             loss -= sum(scale * float(a[i] @ b[j]) - math.log(total) for j in true) / len(true)
     got = clip.clip_loss(image, text, scale, None if ids is None else torch.tensor(ids))
-    assert abs(got - loss / (2 * B)) < 1e-9, "both directions, halved; equal captions share?"
+    assert abs(got - loss / (2 * B)) < 1e-6, "both directions, halved; equal captions share?"
 
 
 def test_the_loss_starts_at_log_B_and_ends_at_zero():

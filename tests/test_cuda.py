@@ -2,7 +2,11 @@
 
 Skipped without CUDA. The last ones need 80 GB and some minutes.
 """
+import argparse
 import copy
+import gc
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,15 +25,6 @@ def draw(device, dtype=torch.float32, **options):
     z_i = model.embed(text, generator=torch.Generator().manual_seed(0))
     x = model.draw(z_i, text, generator=torch.Generator().manual_seed(1), **options)
     return x.cpu().float()
-
-
-@pytest.fixture(autouse=True)
-def float32_products():
-    """float32 means float32: no TF32 in what is compared."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
 
 
 def test_a_seed_is_the_same_picture_on_cpu_and_gpu():
@@ -87,6 +82,8 @@ def test_the_paper_preset_draws_finite_pictures_of_1024_pixels_in_24_GB():
 
 @pytest.mark.parametrize("name", unclip.PARTS)
 def test_a_step_of_training_at_full_size(name):
+    gc.collect()                                         # what ran before may be tied up in itself
+    torch.cuda.empty_cache()
     config = getattr(unclip.paper(), name)
     size = sum(w.numel() for w in unclip.build("paper", device="meta").parts[name].parameters())
     if ROOM < 24 * size:
@@ -95,11 +92,10 @@ def test_a_step_of_training_at_full_size(name):
         part = unclip.PARTS[name](config).train()
     unclip.recompute(part)
     loss = unclip.training_loss(name, part, 2, "cuda")
-    before = [w.detach().clone() for w in part.parameters() if w.ndim == 1][:20]
+    zeros = [w for w in part.parameters() if not w.any()]             # weight decay leaves them so
     unclip.training_step(part, loss, "cuda", torch.bfloat16)()
-    after = [w for w in part.parameters() if w.ndim == 1][:20]
     assert all(w.isfinite().all() for w in part.parameters())
-    assert any(not torch.equal(a, b) for a, b in zip(before, after)), "the step moved nothing"
+    assert any(w.any() for w in zeros), "the step moved nothing"
 
 
 def test_the_toy_trains(tmp_path):
@@ -107,3 +103,24 @@ def test_the_toy_trains(tmp_path):
     train_toy.main(["--device", "cuda", "--groups", "30", "--steps-scale", "0.0005", "--out",
                     str(tmp_path)])
     assert unclip.load(tmp_path / "toy.pt").parts["upsampler2"] is not None
+
+
+def test_a_part_goes_on_where_it_was_stopped(tmp_path):
+    """Saved after three of six steps and read back, as --resume does: on the CPU at first."""
+    model, data = train_toy.set_up(argparse.Namespace(
+        preset="toy", data=None, groups=100, seed=0, device="cuda", vocab=None))
+    stage = replace(train_toy.STAGES["upsampler1"], steps=6, batch=4)
+    state, file = {}, tmp_path / "state.pt"
+
+    def save():
+        torch.save(state, file)
+        if state["step"] == 3:
+            raise KeyboardInterrupt
+
+    part = train_toy.make_part("upsampler1", model, data, 0)
+    with pytest.raises(KeyboardInterrupt):
+        train_toy.train("upsampler1", stage, part, data, 0, state, save, save_seconds=0.0)
+    state = torch.load(file, weights_only=True, map_location="cpu")
+    part = train_toy.make_part("upsampler1", model, data, 0)
+    train_toy.train("upsampler1", stage, part, data, 0, state, lambda: None)
+    assert state["step"] == 6 and all(map(math.isfinite, state["losses"]))

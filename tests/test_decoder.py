@@ -547,9 +547,10 @@ def test_training_and_sampling_see_the_small_picture_in_the_same_way(upsampler, 
 
 
 @pytest.mark.parametrize("eta, steps, want", [
-    (0.0, 27, diffusion.glide27_timesteps(1000)), (0.0, 10, list(range(1, 1000, 100))),
+    (0.0, 27, diffusion.glide27_timesteps(1000)), (0.0, 20, list(range(1, 1000, 50))),
+    (0.0, 10, diffusion.spaced_timesteps(1000, 10)),
     (0.0, 15, [*range(1, 1000, 67)]), (0.0, 999, diffusion.spaced_timesteps(1000, 999)),
-    (0.0, 4, [1, 251, 501, 751]), (0.0, 1, [1000]), (0.0, 2, [1, 1000]),
+    (0.0, 4, [1, 334, 667, 1000]), (0.0, 1, [1000]), (0.0, 2, [1, 1000]),
     (None, 7, [1, 167, 334, 501, 667, 833, 1000]),
     (None, 27, diffusion.spaced_timesteps(1000, 27))])
 def test_the_sampling_times(upsampler, eta, steps, want):

@@ -512,6 +512,18 @@ def test_the_ar_loss_is_the_cross_entropy_of_the_codes_by_loop(ar, text, monkeyp
         assert abs(got - sum(terms) / 6) < 1e-5, "is logits[k] compared with code k?"
 
 
+def test_codes_are_not_rounded_where_products_are(ar, text, monkeypatch):
+    """Training in bf16 keeps its targets: those of float32."""
+    told, z = [], embeddings(500)
+    monkeypatch.setattr(ar, "forward", lambda codes, dot, text: told.append((codes, dot))
+                        or torch.zeros(*codes.shape, 8))
+    many = clip.Text(*(x[-1:].expand(500, *x.shape[1:]) for x in text))
+    with torch.autocast("cpu", torch.bfloat16):
+        ar.loss(z, many)
+    codes, dot = told[0]
+    assert torch.equal(codes, ar.encode(z)) and torch.equal(dot, ar.dot_code(z, many.z_t))
+
+
 def test_the_ar_prior_drops_a_tenth_of_the_captions(ar, text, monkeypatch):
     many, told = clip.Text(*(x[-1:].expand(4000, *x.shape[1:]) for x in text)), []
     monkeypatch.setattr(ar, "forward", lambda codes, dot, text: told.append(text)

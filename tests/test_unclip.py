@@ -373,6 +373,7 @@ BAD = {
     "too few upsamplers": (["--weights", "good.pt", "--upsampler-steps", "2"], "2 numbers"),
     "too many steps": (["--weights", "good.pt", "--decoder-steps", "2000"], "got 2000"),
     "not a number": (["--weights", "good.pt", "-n", "zero"], "whole number"),
+    "a number that is none": (["--weights", "good.pt", "--guidance", "nan"], "finite number"),
 }
 
 
