@@ -1321,7 +1321,8 @@ def draw_curves(path, panels, note):
             mean, deviation = np.array(points).T
             axis.errorbar(range(len(x)), mean, deviation, label=label, marker="o", markersize=3,
                           capsize=2, linestyle="" if isinstance(x[0], str) else "-")
-        axis.set(title=title, xlabel=x_label, xticks=range(len(x)), xticklabels=x, ylim=(0, None))
+        axis.set(title=title, xlabel=x_label, xticks=range(len(x)), xticklabels=x,
+                 ylim=(0, 1.05 * axis.get_ylim()[1]))
         if len(curves) > 1:
             axis.legend(fontsize=7)
     finish(figure, path, note)
@@ -1761,7 +1762,7 @@ def show_world(args):
     """A sheet of random scenes: what the caption says, and what the reader reads."""
     rng = random.Random(args.seed)
     scenes = [random_scene(rng) for _ in range(18)]
-    figure, axes = plt.subplots(3, 6, figsize=(12.6, 8))
+    figure, axes = plt.subplots(3, 6, figsize=(12.6, 9.6))
     for axis, scene in zip(axes.flat, scenes):
         picture = render(scene, 256)
         seen = caption(read(picture))
