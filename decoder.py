@@ -289,8 +289,8 @@ class Decoder(nn.Module):
         W = R (C + c I)^(-1) C^(1/2), b = -W mean, with R random, C = cov z_i, c 2 % of its largest
         eigenvalue: what tells one picture from another begins as large as what all share. (A
         network that has to enlarge the difference itself learns last which thing is red.) As a
-        Wiener filter against noise of variance c it stays small where pictures hardly differ: there z_i
-        says little of what captions say, and what edits by words (sec. 3.3) add there means
+        Wiener filter against noise of variance c it stays small where pictures hardly differ: there
+        z_i says little of what captions say, and what edits by words (sec. 3.3) add there means
         nothing.
         """
         power, basis = torch.linalg.eigh(z_i.T.cov())

@@ -80,7 +80,7 @@ class DiffusionPrior(nn.Module):
     def scale(self, z):
         """CLIP embeddings (B, D) -> the space of the diffusion (B, D): minus mean, by std.
 
-        Before that they are brought to length 1, but with config.whiten.
+        Before that they are brought to length 1, unless config.whiten.
         """
         return ((z if self.config.whiten else unit(z)) - self.mean) / self.std
 

@@ -35,7 +35,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import distributed
 from torch.distributed import checkpoint
@@ -1496,8 +1495,8 @@ def find_pca(model, out):
     most = {}
     for name in names:
         guess, *shares = (numbers[f"{name}, k = {k}"][0] for k in ks)
-        most[name] = next(k for k, share in zip(ks[1:], shares)
-                          if share - guess >= 0.8 * (shares[-1] - guess))
+        most[name] = next((k for k, share in zip(ks[1:], shares)
+                           if share - guess >= 0.8 * (shares[-1] - guess)), ks[-1])
     return numbers, "components that win 80 % of what all of z_i wins over a guess: " + ", ".join(
         f"{name} {k}" for name, k in sorted(most.items(), key=lambda pair: pair[1]))
 
@@ -1847,7 +1846,8 @@ def main(argv=None):
         option("--sam", type=unclip.finite, default=0.0, metavar="RHO",
                help="train CLIP with sharpness-aware steps, as the paper did (0.1)")
         option("--save-seconds", type=unclip.finite, metavar="S",
-               help="how often to save what --resume needs (default: every 20 s; with --preset paper every half hour)")
+               help="how often to save what --resume needs (default: every 20 s; with --preset "
+               "paper every half hour)")
     args = parser.parse_args(argv if command == "train" else argv[1:])
     unclip.stop_on_error(COMMANDS.get(command, run), args)
 

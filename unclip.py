@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import copy
 import datetime
-import functools
 import gc
 import json
 import math

@@ -11,7 +11,6 @@ import bugs
 import coursework
 import grading
 import pytest
-import torch
 
 import clip
 import diffusion
