@@ -366,6 +366,9 @@ class Block(nn.Module):
 
     def __init__(self, width, heads, layers, activation="gelu", context_width=0):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"expected a width that is a multiple of the heads, {heads}, got "
+                             f"{width}")
         self.heads, self.activation = heads, activation
         self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -494,7 +497,7 @@ class TextEncoder(nn.Module):
         self.end = c.vocab_size - 1
         self.tok = nn.Embedding(c.vocab_size, W)
         self.pos = nn.Parameter(diffusion.sinusoid(torch.arange(c.context), W) * 0.1)
-        nn.init.normal_(self.tok.weight, std=0.1)            # CLIP's start with std 0.01 and 0.02
+        nn.init.normal_(self.tok.weight, std=0.1)            # CLIP: pos noise of std 0.01, tok 0.02
         self.blocks = blocks(c.text_layers, W, c.text_heads, activation=c.activation)
         self.ln_out = nn.LayerNorm(W)
         self.proj = nn.Parameter(torch.randn(W, c.embed_dim) * W ** -0.5)
@@ -559,7 +562,15 @@ class Text(NamedTuple):
     tokens: torch.Tensor            # (B, L)
     mask: torch.Tensor              # (B, L) bool, True up to and including the end token
     z_t: torch.Tensor               # (B, D) CLIP's embedding of the caption
-    states: torch.Tensor            # (B, L, W) CLIP's hidden states
+    states: torch.Tensor            # (B, CLIP's L, W) CLIP's hidden states; (B, 0): nobody's
+
+    def map(self, f):
+        """f of each tensor."""
+        return Text(*(f(x) for x in self))
+
+    def after(self, other):
+        """The rows of another Text, then these, as one batch."""
+        return Text(*(torch.cat(pair) for pair in zip(other, self)))
 
     def drop(self, keep):
         """No caption in the rows where keep (B,) is False: all padding, a zero embedding."""
@@ -601,10 +612,10 @@ def apart(image_emb, text_emb, caption_ids, scale=80.0):
 def sam_backward(loss_fn, parameters, rho):
     """Add to .grad the gradient at the worst nearby weights, w + rho g / |g|.   SAM eq. 2-3
 
-    loss_fn() -> scalar, called twice, equal both times; parameters: those to move; g: the gradient
-    of all of them, |g| its one norm (plus 1e-12). Returns the loss at w, without a graph; the
-    weights are as before. Points to flat minima. unCLIP trains CLIP so, with rho = 0.1, which
-    lowers the rank of the embeddings (app. C, sec. 2.2).
+    loss_fn() -> scalar, called twice, so without dropout; parameters: those to move; g: the
+    gradient of all of them, |g| its L2 norm over all together (plus 1e-12). Returns the loss at w,
+    without a graph; the weights are as before. Points to flat minima. unCLIP trains CLIP so, with
+    rho = 0.1, which lowers the rank of the embeddings (app. C, sec. 2.2).
     """
     parameters = list(parameters)
     before = [p.detach().clone() for p in parameters]

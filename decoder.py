@@ -112,8 +112,8 @@ class UNetConfig:
     context_width: int = 0          # X, 2048, none, none
     scale_shift: bool = True        # AdaGN; False only in Karlo's upsamplers
     dropout: float = 0.0            # 0.1, 0.1, 0
-    groups: int = 32                # of GroupNorm, 32 everywhere but in the toy: with one channel
-    #                                 to a group no channel could carry a mean, no picture its shade
+    groups: int = 32                # of GroupNorm, 32 everywhere but in the toy: one channel to a
+    #                                 group would erase each channel's mean, a picture's shade
 
 
 class Level(nn.Module):
@@ -181,12 +181,12 @@ class UNet(nn.Module):
         """
         time = self.time(diffusion.sinusoid(index, self.config.channels).to(x.dtype))     # (B, E)
         emb = F.silu(time if emb is None else time + emb)    # every res block would begin with it
-        kv = iter(kv)
+        kv = list(kv)
 
         def look(attn, h):
             H, W = h.shape[2:]
             own = None if mask is None else F.pad(mask, (0, H * W), value=True)[:, None, None]
-            return attn(h, next(kv, None), own)              # own (B, 1, 1, K + H W)
+            return attn(h, kv.pop(0) if kv else None, own)   # own (B, 1, 1, K + H W)
 
         h = self.conv_in(x.contiguous(memory_format=torch.channels_last))      # (B, C, H, W)
         skips = [h]
@@ -213,30 +213,31 @@ class UNet(nn.Module):
 
 
 def small_decoder_unet():
-    return UNetConfig(attention=(8, 4), context_width=128)
+    return UNetConfig(size=16, channels=32, mults=(1, 1, 4), attention=(8, 4), head_channels=32,
+                      context_width=64, groups=8)
 
 
 @dataclass
 class DecoderConfig:
-    """Sizes of a decoder; in the comments the paper's (unCLIP table 3)."""
+    """Sizes of the toy's decoder; in the comments the paper's (unCLIP table 3)."""
     unet: UNetConfig = field(default_factory=small_decoder_unet)
-    embed_dim: int = 128            # D of z_i, 1024
+    embed_dim: int = 64             # D of z_i, 1024
     vocab_size: int = 600           # 16384; 0: CLIP's states, no Transformer of its own (Karlo)
-    context: int = 16               # tokens, 256
-    text_width: int = 128           # 2048, as unet.context_width; if vocab_size is 0 that of
-    #                                 CLIP's states, any
+    context: int = 20               # tokens, 256
+    text_width: int = 64            # 2048, as unet.context_width; if vocab_size is 0 the width of
+    #                                 CLIP's states, which may be another
     text_layers: int = 2            # 24
-    text_heads: int = 4             # 32
+    text_heads: int = 2             # 32
     T: int = 1000
     schedule: str = "cosine"
-    velocity: bool = False          # see `to_eps`; True in the toy only
+    velocity: bool = False          # see `to_eps`, `training_times`; True in the toy only
 
 
 def to_eps(config, alphabar, out, x_t, t):
     """What a U-Net says, (B, 3 or 6, H, W), with eps in front.
 
-    As it is; or, with config.velocity, from velocity, which is the same thing said differently: a
-    small network, trained for minutes, spends most of them on copying the noise to the last digit.
+    As it is; with config.velocity the U-Net says the velocity, and eps is computed from it: a small
+    network that has to say eps itself spends most of its training on copying the noise.
     """
     if not config.velocity:
         return out
@@ -251,8 +252,9 @@ def eps_weight(config, alphabar, t):
 
 
 def training_times(config, B):
-    """The times of a batch, (B,), all equally likely; with config.velocity mostly middle ones: in a
-    short run shapes and colours are learnt sooner."""
+    """The decoder's times for a batch, (B,), all equally likely; with config.velocity mostly middle
+    ones: in a short run shapes and colours are learnt sooner. (What is learnt of v then counts the
+    middle more than the bound does.)"""
     draw = diffusion.middle_times if config.velocity else diffusion.random_times
     return draw(config.T, B)
 
@@ -270,6 +272,9 @@ class Decoder(nn.Module):
         with torch.device("cpu"):                      # the table stays there, wherever weights go
             self.alphabar = diffusion.SCHEDULES[c.schedule](c.T)
         X, E = c.unet.context_width, 4 * c.unet.channels
+        if c.vocab_size and c.text_width != X:
+            raise ValueError(f"expected text_width to be the U-Net's context_width, {X}, got "
+                             f"{c.text_width}")
         self.unet = UNet(c.unet)
         if c.vocab_size:
             self.text = clip.CaptionEncoder(c.vocab_size, c.context, c.text_width, c.text_layers,
@@ -287,9 +292,9 @@ class Decoder(nn.Module):
         """Start the projections of z_i white on data, z_i (N, D). Run once, before training.
 
         W = R (C + c I)^(-1) C^(1/2), b = -W mean, with R random, C = cov z_i, c 2 % of its largest
-        eigenvalue: what tells one picture from another begins as large as what all share. (A
-        network that has to enlarge the difference itself learns last which thing is red.) As a
-        Wiener filter against noise of variance c it stays small where pictures hardly differ: there
+        eigenvalue: the mean is taken off, and all directions in which pictures clearly differ start
+        equally large. (A network that has to enlarge them itself learns last which thing is red.) A
+        Wiener filter against noise of variance c, it stays small where they hardly differ: there
         z_i says little of what captions say, and what edits by words (sec. 3.3) add there means
         nothing.
         """
@@ -318,7 +323,10 @@ class Decoder(nn.Module):
         return emb, self.unet.keys_values(context), mask
 
     def forward(self, x_t, index, z_i, text):
-        """x_t (B, 3, H, W), index (B,) = t - 1, best on the CPU -> eps and v (B, 6, H, W)."""
+        """x_t (B, 3, H, W), index (B,) = t - 1 -> eps and v (B, 6, H, W).
+
+        index is best on the CPU, where the table of `to_eps` is.
+        """
         out = self.unet(x_t, index.to(x_t.device, non_blocking=True), *self.condition(z_i, text))
         return to_eps(self.config, self.alphabar, out, x_t, index.cpu() + 1)
 
@@ -334,7 +342,7 @@ class Decoder(nn.Module):
         keep_image = diffusion.drawn(lambda n: torch.rand(n, 1), B, share) >= 0.1
         keep_text = diffusion.drawn(torch.rand, B, share) >= 0.5
         eps, keep_image, keep_text, weight = (
-            x.to(x0.device, non_blocking=True) for x in (
+            diffusion.to_device(x, x0.device) for x in (
                 eps, keep_image, keep_text, eps_weight(c, self.alphabar, t)))
         z_i = torch.where(keep_image, z_i, self.null_image)                    # (B, D)
         x_t = diffusion.q_sample(self.alphabar, x0, t, eps)
@@ -350,7 +358,7 @@ class Decoder(nn.Module):
         B = len(z_i)
         if guidance != 1:
             z_i = torch.cat([self.null_image.expand_as(z_i), z_i])             # (B', D)
-            text = clip.Text(*map(torch.cat, zip(null or text.null(), text)))  # (B', ...)
+            text = text.after(text.null() if null is None else null)           # (B', ...)
         emb, kv, mask = self.condition(z_i, text)
 
         def denoise(x_t, t):
@@ -580,12 +588,12 @@ def bsr_degrade(image, rng):
 
 
 def small_unet():
-    return UNetConfig(size=64, in_channels=6, channels=32, mults=(1, 2))
+    return UNetConfig(size=64, in_channels=6, channels=32, mults=(1, 1), groups=2)
 
 
 @dataclass
 class UpsamplerConfig:
-    """Sizes of an upsampler; in the comments the paper's two (unCLIP table 3)."""
+    """Sizes of an upsampler, the toy's first; in the comments the paper's two (unCLIP table 3)."""
     unet: UNetConfig = field(default_factory=small_unet)
     T: int = 1000
     schedule: str = "cosine"        # cosine, linear
@@ -632,8 +640,8 @@ class Upsampler(nn.Module):
             low = torch.stack([bsr_degrade(picture, rng) for picture in high])
         else:
             low = shrink(high, S // 4)                                         # (B, 3, S/4, S/4)
-            blurred = diffusion.drawn(torch.rand, len(low), share) < 0.5     # sampling: sharp ones
-            blurred = blurred.to(low.device, non_blocking=True)
+            blurred = diffusion.drawn(torch.rand, len(low), share) < 0.5   # sampling: no blur
+            blurred = diffusion.to_device(blurred, low.device)
             low = torch.where(blurred[:, None, None, None], gaussian_blur(low), low)
         return crop_pair(*(x.repeat_interleave(crops, dim=0) for x in (high, low)), S // 4,
                          share=share)
@@ -646,7 +654,7 @@ class Upsampler(nn.Module):
         B, c = len(x0), self.config
         t = diffusion.drawn(lambda n: diffusion.random_times(c.T, n), B, share)
         eps = diffusion.drawn(lambda n: torch.randn(n, *x0.shape[1:]), B, share)
-        eps, weight = (x.to(x0.device, non_blocking=True)
+        eps, weight = (diffusion.to_device(x, x0.device)
                        for x in (eps, eps_weight(c, self.alphabar, t)))
         x_t = diffusion.q_sample(self.alphabar, x0, t, eps)
         out = self(x_t, t - 1, low).float()
@@ -830,7 +838,7 @@ def load_karlo_upsampler(folder, device="cpu", dtype=torch.float32):
 
 def demo(path="stages.png"):
     """One picture denoised: what the decoder is given at eight times, and what it sees in it."""
-    import unclip                                # it stands below: only the demo looks there
+    import unclip                                # a later chapter: only the demo looks there
     model = unclip.load(unclip.HERE / "weights/toy.pt")
     text = model.encode_text(["a small red circle above a large blue square"])
     z_i = model.embed(text, generator=torch.Generator().manual_seed(0))

@@ -61,7 +61,7 @@ def spaced_timesteps(T, K):
     published times, add up (do not multiply), round half to even.   ValueError unless 1 <= K <= T.
     """
     if not 1 <= K <= T:
-        raise ValueError(f"expected between 1 and T = {T} sampling steps, got {K}")
+        raise ValueError(f"expected between 1 and {T} sampling steps, got {K}")
     if K == 1:
         return [T]
     times, at, stride = [], 0.0, (T - 1) / (K - 1)
@@ -87,10 +87,10 @@ def section_timesteps(T, counts):
 def glide27_timesteps(T=1000):
     """GLIDE's 27 times for its upsampler: many steps near the data, few in noise.   GLIDE app. B.2.
 
-    Sections of 10, 10, 3, 2 and 2 times, but ends at 998 of 1000, T - 2 T // 1000: at the end of
-    the cosine schedule x_t holds next to no signal. T >= 50.
+    Sections of 10, 10, 3, 2 and 2 times, but the last is T - 2, 998 of 1000: at the end of the
+    cosine schedule x_t holds next to no signal. T >= 50.
     """
-    return [*section_timesteps(T, [10, 10, 3, 2, 2])[:-1], T - 2 * T // 1000]
+    return [*section_timesteps(T, [10, 10, 3, 2, 2])[:-1], T - 2]
 
 
 def ddim_timesteps(T, N):
@@ -226,10 +226,17 @@ def analytic_var(alphabar, t, s, cov):
     return b * (1 - a_s) / (1 - a_t) + a_s * (b / (1 - a_t)) ** 2 * cov
 
 
+def to_device(x, device):
+    """x, there; a GPU is not waited for, if what goes to it comes from pinned memory."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def _draw(x, generator):
     """Noise like x, drawn where the generator lives: a seed means the same on every device."""
     device = "cpu" if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device).to(x, non_blocking=True)
+    return to_device(torch.randn(x.shape, generator=generator, device=device), x.device).to(x.dtype)
 
 
 @torch.no_grad()
@@ -398,12 +405,11 @@ def ddim_invert_step(alphabar, x_t, t, u, x0):
 
 def _x0_and_v(alphabar, out, x_t, t, predicts, clamp):
     """Split a prediction: x0, clamped if asked, and v, which says the variance (None if absent)."""
-    v = None
-    if out.shape != x_t.shape:
-        out, v = out.chunk(2, dim=1)
-    if out.shape != x_t.shape:
+    B, C, *rest = x_t.shape
+    if out.shape not in ((B, C, *rest), (B, 2 * C, *rest)):
         raise ValueError(f"expected a prediction like x_t {tuple(x_t.shape)}, or twice as wide on "
-                         f"axis 1 (with v), got parts of {tuple(out.shape)}")
+                         f"axis 1 (with v), got {tuple(out.shape)}")
+    out, v = (out, None) if out.shape == x_t.shape else out.chunk(2, dim=1)
     x0 = out if predicts == "x0" else predict_x0(alphabar, x_t, t, out)
     return (x0 if clamp is None else x0.clamp(-clamp, clamp)), v
 
@@ -450,7 +456,7 @@ def sample(denoise, alphabar, x, times, *, predicts="eps", clamp=None, variance=
 
 @torch.no_grad()
 def invert(denoise, alphabar, x, times, *, predicts="eps", clamp=None, progress=None):
-    """The noise that DDIM would make x of: x at time times[0] -> x at times[-1].   ADM app. F.
+    """The noise from which DDIM would draw x: x at time times[0] -> x at times[-1].   ADM app. F.
 
     Give the picture itself as x: at times[0] it is all but clean. `sample` with the same times and
     clamp and eta = 0 brings it back, up to an error that halves when the steps are doubled.
@@ -471,7 +477,8 @@ def slerp(a, b, share):
     tensor that broadcasts, (n, 1).
 
         sin((1 - share) W) / sin W a + sin(share W) / sin W b,       W the angle between a and b
-    Unit rows stay unit rows. Where a and b point the same or opposite ways, a straight line.
+    Unit rows stay unit rows. Where a and b point the same or opposite ways it is a straight line
+    (between opposite ones through 0).
     """
     cos = (a * b).sum(-1, keepdim=True) / (a.norm(dim=-1, keepdim=True)
                                            * b.norm(dim=-1, keepdim=True))

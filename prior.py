@@ -31,14 +31,14 @@ from clip import unit
 
 @dataclass
 class DiffusionPriorConfig:
-    """Sizes of a diffusion prior; in the comments the paper's (unCLIP table 3)."""
+    """Sizes of the toy's diffusion prior; in the comments the paper's (unCLIP table 3)."""
     embed_dim: int = 64             # D, 1024
     vocab_size: int = 600           # 16384; 0: CLIP's hidden states stand for the tokens (Karlo)
-    context: int = 16               # tokens, 256
+    context: int = 20               # tokens, 256
     text_width: int = 0             # width of CLIP's hidden states, if vocab_size is 0
-    width: int = 192                # 2048
+    width: int = 128                # 2048
     layers: int = 4                 # 24
-    heads: int = 3                  # 32
+    heads: int = 4                  # 32
     T: int = 1000
     schedule: str = "cosine"
     whiten: bool = False            # scale by the data's mean and std (Karlo), not to length 17.2
@@ -50,7 +50,7 @@ class DiffusionPrior(nn.Module):
 
     The output at the query, which sees all the others, predicts z_i. Diffusion happens in a scaled
     space: unit vectors times 17.2 sqrt(D / 1024), so that their elements vary as much as pixels do
-    (app. C). `scale`, `unscale` and, for z_t, `read` are the only places that know.
+    (app. C). `scale`, `unscale` and, for z_t, `prefix` are the only places that know.
     """
 
     def __init__(self, config):
@@ -74,7 +74,7 @@ class DiffusionPrior(nn.Module):
         self.ln_out, self.out = nn.LayerNorm(c.width), nn.Linear(c.width, c.embed_dim)
         self.register_buffer("mean", torch.zeros(c.embed_dim))
         norm = 17.2 * math.sqrt(c.embed_dim / 1024)            # of a scaled unit vector
-        self.register_buffer("std", torch.full((c.embed_dim,), 1 / norm))
+        self.register_buffer("std", torch.full((c.embed_dim,), 1 / norm))      # Karlo's is a std
         self.register_buffer("cov", torch.zeros(c.T + 1))      # see fit_variance; 0: fixed small
 
     def scale(self, z):
@@ -89,7 +89,7 @@ class DiffusionPrior(nn.Module):
         z = x * self.std + self.mean
         return z if self.config.whiten else unit(z)
 
-    def read(self, text):
+    def prefix(self, text):
         """The part of the sequence that is the same at every step: [caption, z_t] (B, L + 1, W)."""
         if self.config.vocab_size:
             words = torch.where(text.mask[:, :, None], self.tok(text.tokens), self.pad)
@@ -99,7 +99,7 @@ class DiffusionPrior(nn.Module):
         z_t = self.text_in(z_t.to(words.dtype))                                # (B, W)
         return torch.cat([words, z_t[:, None]], dim=1) + self.pos[:-3]         # (B, L + 1, W)
 
-    def step(self, x_t, index):
+    def suffix(self, x_t, index):
         """The part that changes: [time, noised z_i, query] (B, 3, W)."""
         time = diffusion.sinusoid(index, self.config.width)                    # (B, W)
         time = self.time(time.to(x_t.dtype))                                   # (B, W)
@@ -120,26 +120,27 @@ class DiffusionPrior(nn.Module):
 
     def forward(self, x_t, index, text):
         """x_t (B, D) in the scaled space, index (B,) = t - 1, a clip.Text -> x0 (B, D)."""
-        x = torch.cat([self.read(text), self.step(x_t, index)], dim=1)         # (B, L + 4, W)
+        x = torch.cat([self.prefix(text), self.suffix(x_t, index)], dim=1)     # (B, L + 4, W)
         mask = self.visible(text.mask, x.shape[1])
         for block in self.blocks:
             x = block(x, mask)
         return self.out(self.ln_out(x[:, -1]))                                 # (B, D)
 
     def loss(self, z_i, text, share=(0, 1)):
-        """z_i (B, D) -> (B,): squared error of the predicted z_i; 10 % dropped captions.   Sec. 2.2
+        """z_i (B, D) -> (B,): squared error of the predicted z_i, the mean over D.   Sec. 2.2
 
-        The mean over the D elements, in the scaled space. Expect 0.2889 (17.2^2 / 1024) from a
-        model that predicts 0. Draws the times (`diffusion.random_times`), the noise, then a number
-        in [0, 1) a caption, dropped below 0.1. share: see `diffusion.drawn`.
+        In the scaled space; 10 % of the captions are dropped, tokens and z_t together. Expect
+        0.2889 (17.2^2 / 1024) from a model that predicts 0. Draws the times
+        (`diffusion.random_times`), the noise, then a number in [0, 1) a caption, dropped below 0.1.
+        share: see `diffusion.drawn`.
         """
         B, x0 = len(z_i), self.scale(z_i)
         t = diffusion.drawn(lambda n: diffusion.random_times(self.config.T, n), B, share)
         eps = diffusion.drawn(lambda n: torch.randn(n, x0.shape[1]), B, share)
         keep = diffusion.drawn(torch.rand, B, share) >= 0.1
-        x_t = diffusion.q_sample(self.alphabar, x0, t, eps.to(x0, non_blocking=True))
-        out = self(x_t, (t - 1).to(x0.device, non_blocking=True),
-                   text.drop(keep.to(x0.device, non_blocking=True)))           # (B, D)
+        eps, keep, index = (diffusion.to_device(x, x0.device) for x in (eps, keep, t - 1))
+        x_t = diffusion.q_sample(self.alphabar, x0, t, eps.to(x0.dtype))       # (B, D)
+        out = self(x_t, index, text.drop(keep))                                # (B, D)
         return (out.float() - x0).pow(2).mean(1)
 
     def denoiser(self, text, guidance=1.0, null=None):
@@ -150,8 +151,8 @@ class DiffusionPrior(nn.Module):
         """
         B = len(text.tokens)
         if guidance != 1:
-            text = clip.Text(*map(torch.cat, zip(null or text.null(), text)))  # (B', ...)
-        x = self.read(text)                                                    # (B', L + 1, W)
+            text = text.after(text.null() if null is None else null)           # (B', ...)
+        x = self.prefix(text)                                                  # (B', L + 1, W)
         known, seen = x.shape[1], self.visible(text.mask, x.shape[1] + 3)
         caches = [clip.Cache(known + 3) for _ in self.blocks]
         for block, cache in zip(self.blocks, caches):
@@ -160,7 +161,7 @@ class DiffusionPrior(nn.Module):
         def denoise(x_t, t):
             index = torch.full((len(text.tokens),), t - 1, device=x_t.device)
             x = x_t.to(self.pos.dtype).repeat(len(index) // B, 1)              # (B', D)
-            x = self.step(x, index)                                            # (B', 3, W)
+            x = self.suffix(x, index)                                          # (B', 3, W)
             for block, cache in zip(self.blocks, caches):
                 cache.length = known                               # forget the step before
                 x = block(x, seen[:, :, known:], cache=cache)
@@ -176,8 +177,8 @@ class DiffusionPrior(nn.Module):
 
         null: a clip.Text of B rows that stands for "no caption", by default all padding.
         """
-        many = clip.Text(*(x.repeat_interleave(candidates, dim=0) for x in text))         # (B n, .)
-        many_null = null and clip.Text(*(x.repeat_interleave(candidates, dim=0) for x in null))
+        many, many_null = (rows.map(lambda x: x.repeat_interleave(candidates, dim=0))     # (B n, .)
+                           for rows in (text, text.null() if null is None else null))
         x = torch.randn(len(many.tokens), self.config.embed_dim, generator=generator,
                         device=generator.device if generator else None)
         x = diffusion.sample(self.denoiser(many, guidance, many_null), self.alphabar,
@@ -206,12 +207,12 @@ class DiffusionPrior(nn.Module):
 
 @dataclass
 class ARPriorConfig:
-    """Sizes of an AR prior; in the comments the paper's (unCLIP table 3, sec. 2.2)."""
+    """Sizes of the toy's AR prior; in the comments the paper's (unCLIP table 3, sec. 2.2)."""
     embed_dim: int = 64             # D, 1024
-    components: int = 32            # K principal components, 319
+    components: int = 32            # K principal components, 319; training takes what 99 % need
     buckets: int = 64               # codes per component, 1024
     vocab_size: int = 600           # 16384
-    context: int = 16               # caption tokens, 256
+    context: int = 20               # caption tokens, 256
     text_width: int = 128           # 2048
     text_layers: int = 2            # 24
     text_heads: int = 2             # 32
@@ -285,10 +286,10 @@ class ARPrior(nn.Module):
         if c.components > c.embed_dim:
             raise ValueError(f"expected at most as many components as dimensions, {c.embed_dim}, "
                              f"got {c.components}")
-        mean, basis = principal_components(z_i, keep=1.0)
         if len(z_i) < c.buckets:
             raise ValueError(f"expected at least as many embeddings as buckets, {c.buckets}, got "
                              f"{len(z_i)}; use fewer buckets")
+        mean, basis = principal_components(z_i, keep=1.0)
         self.mean.copy_(mean)
         self.basis.copy_(basis[:, :c.components])
         y = (unit(z_i) - self.mean) @ self.basis                               # (N, K)
@@ -335,7 +336,7 @@ class ARPrior(nn.Module):
         return self.out(self.ln_out(x))
 
     def start(self, z_t, dot):
-        """The first two tokens: z_t (B, D), dot (B,) -> (B, 2, W)."""
+        """The first two tokens: z_t (B, D), its elements of variance 1, dot (B,) -> (B, 2, W)."""
         z_t = (unit(z_t) * math.sqrt(self.config.embed_dim)).to(self.pos.dtype)
         return torch.stack([self.text_in(z_t), self.dot(dot)], dim=1) + self.pos[:2]
 
@@ -352,7 +353,7 @@ class ARPrior(nn.Module):
         """
         codes, dot = self.encode(z_i), self.dot_code(z_i, text.z_t)            # (B, K), (B,)
         keep = diffusion.drawn(torch.rand, len(z_i), share) >= 0.1
-        keep = keep.to(z_i.device, non_blocking=True)
+        keep = diffusion.to_device(keep, z_i.device)
         logits = self(codes, dot, text.drop(keep)).float().transpose(1, 2)     # (B, buckets, K)
         return F.cross_entropy(logits, codes, reduction="none").mean(1)
 
@@ -362,7 +363,7 @@ class ARPrior(nn.Module):
         """text (B captions) -> z_i (B, D), code by code. cached=False: the slow way, for a test.
 
         Draws the dot codes, then for every code one uniform number per bucket (Gumbel's trick: the
-        largest of logits + Gumbel noise is a sample of their softmax, and nothing is copied back).
+        largest of logits + Gumbel noise is a sample of their softmax, and no step waits for a GPU).
         ValueError unless temperature > 0; near 0 the likeliest codes are taken.
         """
         if not temperature > 0:
@@ -371,16 +372,16 @@ class ARPrior(nn.Module):
         c, B, device = self.config, len(text.tokens), text.z_t.device
         at = generator.device if generator else None
         dot = torch.randint(c.buckets // 2, c.buckets, (B,), generator=generator, device=at)
-        dot = dot.to(device, non_blocking=True)                                # the top half
+        dot = diffusion.to_device(dot, device)                                 # the top half
         if guidance != 1:
-            text, dot = clip.Text(*map(torch.cat, zip(text.null(), text))), dot.repeat(2)
+            text, dot = text.after(text.null()), dot.repeat(2)
         context = self.text(text.tokens, text.mask)                            # (B', L, text width)
-        prefix = x = self.start(text.z_t, dot)                                 # (B', 2, W)
+        x = self.start(text.z_t, dot)                                          # (B', 2, W)
         size = context.shape[1] + 1 + c.components
         caches = [clip.Cache(size) for _ in self.blocks] if cached else None
         noise = torch.rand(c.components, B, c.buckets, generator=generator, device=at)
         gumbel = -(-noise.clamp(min=1e-20).log()).log()                        # (K, B, buckets)
-        gumbel, codes = gumbel.to(device, non_blocking=True), []
+        gumbel, codes = diffusion.to_device(gumbel, device), []
         for k in tqdm(range(c.components), desc=progress, leave=False, disable=progress is None):
             logits = self.run(x, None if cached and k else context, caches)    # (B', n, buckets)
             logits = logits[:, -1].float()                                     # (B', buckets)
@@ -389,7 +390,7 @@ class ARPrior(nn.Module):
             codes.append((logits / temperature + gumbel[k]).argmax(1))         # (B,)
             if k + 1 < c.components:
                 new = self.code(codes[-1]) + self.pos[2 + k]                   # (B, W)
-                new = torch.cat([new] * (len(prefix) // B))[:, None]           # (B', 1, W)
+                new = new.repeat(len(context) // B, 1)[:, None]                # (B', 1, W)
                 x = new if cached else torch.cat([x, new], dim=1)
         return self.decode(torch.stack(codes, dim=1))
 
@@ -446,12 +447,12 @@ def load_karlo(folder, device="cpu", dtype=torch.float32):
 
 def demo(steps=64):
     """One embedding sampled step by step, and which of four captions it comes to mean."""
-    import unclip                                # it stands below: only the demo looks there
+    import unclip                                # a later chapter: only the demo looks there
     captions = ["a small red circle above a large blue square", "a large blue square",
                 "a small green cross above a large blue square", "a large yellow triangle"]
     model = unclip.load(unclip.HERE / "weights/toy.pt")
     part, text = model.parts["diffusion_prior"], model.encode_text(captions)
-    mine = clip.Text(*(x[:1] for x in text))
+    mine = text.map(lambda x: x[:1])
     denoise, times = part.denoiser(mine), diffusion.spaced_timesteps(part.config.T, steps)
     print(f"sampling z_i for {captions[0]!r}\ncosine of the predicted z_i to the captions' z_t:")
     print(" " * 9 + "".join(f"{words:>26.24}" for words in captions))

@@ -540,8 +540,8 @@ class Data:
                               for rows in self.chunks("embedding captions")])
 
     def to_device(self, x):
-        """x, where the model is; the device is not waited for."""
-        return x.to(self.device, non_blocking=True)
+        """x, where the model is."""
+        return diffusion.to_device(x, self.device)
 
     def rivals(self, n, share=1.0):
         """About n random rows, (n,), in whole groups, of the first `share` of the groups."""
@@ -950,6 +950,7 @@ def train(name, stage, model, data, seed, state, save, save_seconds=20.0, sam=0.
     for step in bar:
         def batch():                              # the same batch however often it is asked for
             torch.manual_seed(seed * 1_000_003 + step)
+            torch.cuda.manual_seed(seed * 1_000_003 + step + share[0] * 10 ** 12)   # dropout's own
             with unclip.autocast(data.device, dtype):
                 return batch_loss(name, model, data, stage.batch, step / stage.steps, share)
 
@@ -1840,7 +1841,8 @@ def main(argv=None):
                help="of matrix products; the weights are float32")
         option("--recompute", action="store_true",
                help="keep less in memory on the way there, compute it again on the way back")
-        option("--compile", action="store_true", help="with torch.compile")
+        option("--compile", action="store_true",
+               help="with torch.compile (under torchrun most stays as it is)")
         option("--groups", type=unclip.positive, default=6000, metavar="N",
                help="groups of four scenes in the toy world's training set")
         option("--sam", type=unclip.finite, default=0.0, metavar="RHO",

@@ -81,16 +81,8 @@ def toy():
                         image_heads=4, vocab_size=600, context=20, text_width=128, text_layers=3,
                         text_heads=4, activation="gelu", pixel_mean=(1.0,) * 3,   # white is 0
                         pixel_std=(0.33,) * 3, apart=1.0),
-        prior.DiffusionPriorConfig(embed_dim=64, context=20, width=128, layers=4, heads=4),
-        prior.ARPriorConfig(embed_dim=64, context=20),
-        decoder.DecoderConfig(
-            decoder.UNetConfig(size=16, channels=32, mults=(1, 1, 4), attention=(8, 4),
-                               head_channels=32, context_width=64, groups=8),
-            embed_dim=64, context=20, text_width=64, text_layers=2, text_heads=2,
-            velocity=True),
-        decoder.UpsamplerConfig(decoder.UNetConfig(size=64, in_channels=6, channels=32,
-                                                   mults=(1, 1), groups=2),
-                                velocity=True),
+        prior.DiffusionPriorConfig(), prior.ARPriorConfig(),        # sizes stand in the classes
+        decoder.DecoderConfig(velocity=True), decoder.UpsamplerConfig(velocity=True),
         decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, channels=16,
                                                    mults=(1, 1), groups=2),
                                 schedule="linear", corruption="bsr", velocity=True),
@@ -165,10 +157,15 @@ class UnCLIP:
     """
 
     def __init__(self, config, parts, tokenizer=None, words=()):
+        c = config
+        limits = {part.context for part in (c.diffusion_prior, c.ar_prior, c.decoder) if part}
+        if len(limits) > 1 or c.decoder.context < c.clip.context:
+            raise ValueError(f"expected one context for priors and decoder, at least CLIP's "
+                             f"{c.clip.context} tokens, got {sorted(limits)}")
         self.config, self.parts, self.tokenizer, self.words = config, parts, tokenizer, tuple(words)
         self.seconds = {}
         self.low_memory = None           # a device: see `at_work`. None: parts stay where they are
-        self.nothing = None                                      # see `null`
+        self.empty_caption = None                                # see `null`
 
     @property
     def device(self):
@@ -203,7 +200,7 @@ class UnCLIP:
 
     @property
     def context(self):
-        """L of a clip.Text, padding included; CLIP may read less (in the paper 77 of 256)."""
+        """L of a clip.Text: captions end at CLIP's context, the rest is padding (77 of 256)."""
         return self.config.decoder.context
 
     def unknown_words(self, captions):
@@ -233,53 +230,53 @@ class UnCLIP:
 
     @torch.no_grad()
     def null(self, text):
-        """What guidance knows as "no caption", for the B rows of text; None: all padding.
+        """What guidance knows as "no caption", a clip.Text of as many rows as text has.
 
-        Networks that read CLIP's states (Karlo's) were trained with the empty caption "" instead.
+        All padding; or, as networks that read CLIP's states (Karlo's) were trained, the caption "".
         """
         if self.config.decoder.vocab_size:
-            return None
-        if self.nothing is None:                                 # one row, kept
-            self.nothing = self._text([""])
-        return clip.Text(*(x.to(self.device).expand(len(text.tokens), *x.shape[1:])
-                           for x in self.nothing))
+            return text.null()
+        if self.empty_caption is None:                           # one row, kept
+            self.empty_caption = self._text([""])
+        return self.empty_caption.map(
+            lambda x: x.to(self.device).expand(len(text.tokens), *x.shape[1:]))
 
     def no_caption(self, B):
         """B rows of a clip.Text that says nothing, for pictures drawn from an embedding alone."""
         D, tokens = self.config.clip.embed_dim, torch.zeros(B, self.context, dtype=torch.long)
         text = clip.Text(tokens, tokens.bool(), torch.zeros(B, D), torch.zeros(B, 0))
-        text = clip.Text(*(x.to(self.device) for x in text))
-        return self.null(text) or text
+        return self.null(text.map(lambda x: x.to(self.device)))
 
     def embed(self, text, *, which="diffusion", guidance=None, steps=None, candidates=None,
-              generator=None, progress=None):
+              generator=None, progress=False):
         """The prior: text -> z_i (B, D), by the "diffusion" or the "ar" prior."""
         s = self.config.sampling
         guidance = s.prior_guidance if guidance is None else guidance
+        steps = s.prior_steps if steps is None else steps
+        candidates = s.candidates if candidates is None else candidates
         if self.parts.get(f"{which}_prior") is None:
             have = [p for p in ("diffusion", "ar") if self.parts.get(f"{p}_prior") is not None]
             raise ValueError(f"expected one of the priors {have}, got {which!r}" if have else
                              "these weights hold no prior, so they draw from pictures alone "
                              "(variations, interpolate, edit)")
-        null = self.null(text)
+        bar, null = "prior" if progress else None, self.null(text)
         with self.at_work(f"{which}_prior") as model:
             if which == "ar":
-                return model.sample(text, guidance=guidance, generator=generator, progress=progress)
-            return model.sample(text, steps or s.prior_steps, guidance, candidates or s.candidates,
-                                generator, null, progress)
+                return model.sample(text, guidance=guidance, generator=generator, progress=bar)
+            return model.sample(text, steps, guidance, candidates, generator, null, bar)
 
     def draw(self, z_i, text, *, guidance=None, decoder_steps=None, upsampler_steps=None,
-             generator=None, progress=None):
+             generator=None, progress=False):
         """The decoder and the upsamplers: z_i (B, D), text -> (B, 3, H, W) in [-1, 1]."""
         s = self.config.sampling
         guidance = s.guidance if guidance is None else guidance
-        null = self.null(text)
+        steps = s.decoder_steps if decoder_steps is None else decoder_steps
+        bar, null = "pictures" if progress else None, self.null(text)
         with self.at_work("decoder") as model:
-            x = model.sample(z_i, text, decoder_steps or s.decoder_steps, guidance, generator, null,
-                             progress)
+            x = model.sample(z_i, text, steps, guidance, generator, null, bar)
         return self.enlarge(x, upsampler_steps, generator, progress)
 
-    def enlarge(self, x, upsampler_steps=None, generator=None, progress=None):
+    def enlarge(self, x, upsampler_steps=None, generator=None, progress=False):
         """The upsamplers: the decoder's (B, 3, h, h) -> (B, 3, H, H), both in [-1, 1]."""
         if upsampler_steps is None:
             upsampler_steps = self.config.sampling.upsampler_steps
@@ -287,7 +284,7 @@ class UnCLIP:
         for i, steps in enumerate(upsampler_steps, start=1):
             if self.parts.get(f"upsampler{i}") is not None:
                 with self.at_work(f"upsampler{i}") as model:
-                    x = model.sample(x, steps, generator, progress=progress)
+                    x = model.sample(x, steps, generator, "enlarging" if progress else None)
         return x
 
     def sample(self, captions, *, prior="diffusion", guidance=None, prior_guidance=None,
@@ -303,18 +300,18 @@ class UnCLIP:
         rerank            small pictures drawn for each caption, the one CLIP likes best is enlarged
         generator         the source of all randomness: equal seeds, equal pictures, on any device
         """
-        N = rerank or self.config.sampling.rerank
+        N = self.config.sampling.rerank if rerank is None else rerank
         captions = [captions] if isinstance(captions, str) else captions
+        self.expect_upsampler_steps(upsampler_steps or ())       # before minutes of drawing
         if N > 1:
-            self.expect_image_encoder()                          # before minutes of drawing
+            self.expect_image_encoder()
         text = self.encode_text([caption for caption in captions for _ in range(N)])
-        bar = (lambda name: name) if progress else (lambda name: None)
         z_i = self.embed(text, which=prior, guidance=prior_guidance, steps=prior_steps,
-                         candidates=candidates, generator=generator, progress=bar("prior"))
+                         candidates=candidates, generator=generator, progress=progress)
         small = self.draw(z_i, text, guidance=guidance, decoder_steps=decoder_steps,
-                          upsampler_steps=(), generator=generator, progress=bar("pictures"))
+                          upsampler_steps=(), generator=generator, progress=progress)
         small = self.rerank(small, captions, keep=1) if N > 1 else small
-        return self.enlarge(small, upsampler_steps, generator, bar("enlarging"))
+        return self.enlarge(small, upsampler_steps, generator, progress)
 
     @torch.no_grad()
     def rerank(self, pictures, captions, keep):
@@ -332,7 +329,7 @@ class UnCLIP:
     def expect_upsampler_steps(self, steps):
         """ValueError unless there is one number for each upsampler; () is for none of them."""
         n = len(self.config.sampling.upsampler_steps)
-        if len(steps) not in (0, n):
+        if not isinstance(steps, (tuple, list)) or len(steps) not in (0, n):
             raise ValueError(f"expected {n} number{'s' * (n > 1)} of upsampler steps, one for each "
                              f"upsampler, got {steps}")
 
@@ -342,8 +339,13 @@ class UnCLIP:
 
     @torch.no_grad()
     def encode_image(self, pictures):
-        """Pictures (B, 3, H, W) in [-1, 1] of any size -> z_i (B, D)."""
+        """Pictures (B, 3, S, S) in [-1, 1] of any size S -> z_i (B, D).   ValueError for others."""
         self.expect_image_encoder()
+        if (pictures.ndim != 4 or pictures.shape[2] != pictures.shape[3]
+                or pictures.abs().max() > 1):
+            raise ValueError("expected square pictures (B, 3, S, S) in [-1, 1], got "
+                             f"{tuple(pictures.shape)} in [{pictures.min():g}, "
+                             f"{pictures.max():g}]; from 0..255: x / 127.5 - 1")
         size = self.config.clip.image_size
         x = F.interpolate(pictures.to(self.device), (size, size), mode="bicubic", antialias=True)
         with self.at_work("clip") as model:
@@ -351,8 +353,8 @@ class UnCLIP:
 
     # ---- sec. 3: what one can do with a picture once it is an embedding, and the noise beside it
 
-    def latent(self, pictures, steps=250, progress=None):
-        """The bipartite latent of pictures (B, 3, H, W): z_i (B, D), x_T (B, 3, h, h).   Sec. 3
+    def latent(self, pictures, steps=250, progress=False):
+        """The bipartite latent of pictures (B, 3, S, S): z_i (B, D), x_T (B, 3, h, h).   Sec. 3
 
         z_i says what CLIP sees in a picture; x_T, all the rest that it takes to draw it again.
         """
@@ -361,36 +363,39 @@ class UnCLIP:
         size = self.config.decoder.unet.size
         x = F.interpolate(pictures.to(self.device), (size, size), mode="area")
         text = self.no_caption(len(x))
-        null = self.null(text)
+        bar, null = "inverting" if progress else None, self.null(text)
         with self.at_work("decoder") as model:
-            return z_i, model.invert(x, z_i, text, steps, null, progress)
+            return z_i, model.invert(x, z_i, text, steps, null, bar)
 
     def decode(self, z_i, x_T, *, eta=0.0, guidance=1.0, steps=250, upsampler_steps=None,
-               generator=None, progress=None):
+               generator=None, progress=False):
         """The way back: z_i (B, D), x_T (B, 3, h, h) -> pictures (B, 3, H, H) in [-1, 1].
 
         eta = 0 follows x_T and makes the picture again; with eta = 1 little of x_T is left.
         """
         text = self.no_caption(len(z_i))
-        null = self.null(text)
+        bar, null = "pictures" if progress else None, self.null(text)
         with self.at_work("decoder") as model:
-            x = model.decode(z_i, x_T, text, steps, eta, guidance, generator, null, progress)
+            x = model.decode(z_i, x_T, text, steps, eta, guidance, generator, null, bar)
         return self.enlarge(x, upsampler_steps, generator, progress)
 
     def variations(self, image, n=8, eta=0.2, *, guidance=1.0, steps=250, upsampler_steps=None,
-                   generator=None, progress=None):
-        """Pictures that share what CLIP sees in one: (3, H, W) -> (n, 3, H', W').   Sec. 3.1
+                   generator=None, progress=False):
+        """Pictures (n, 3, H, H) that share what CLIP sees in one (see `open_picture`).   Sec. 3.1
 
         The latent is kept; DDIM adds noise on its way, more with a larger eta in [0, 1]. With the
         default nine of ten of the toy's variations keep all that a caption would say.
         """
-        z_i, x_T = (x.expand(n, *x.shape[1:]) for x in self.latent(image[None], steps, progress))
+        if not 0 <= eta <= 1:                                    # said before minutes of inverting
+            raise ValueError(f"expected eta between 0 (the picture itself) and 1, got {eta}")
+        latent = self.latent(open_picture(image)[None], steps, progress)
+        z_i, x_T = (x.expand(n, *x.shape[1:]) for x in latent)
         return self.decode(z_i, x_T, eta=eta, guidance=guidance, steps=steps, generator=generator,
                            upsampler_steps=upsampler_steps, progress=progress)
 
     def interpolate(self, a, b, n=8, *, noise="slerp", guidance=1.0, steps=250,
-                    upsampler_steps=None, generator=None, progress=None):
-        """n pictures on the way from a to b, (3, H, W) each -> (n, 3, H', W').   Sec. 3.2
+                    upsampler_steps=None, generator=None, progress=False):
+        """n pictures on the way from a to b (see `open_picture`) -> (n, 3, H, H).   Sec. 3.2
 
         z_i is turned from a's to b's. noise: "slerp" turns x_T too, so the ends are a and b again;
         "fixed" draws one x_T for all, so only what CLIP sees changes (the paper's fig. 4).
@@ -398,7 +403,7 @@ class UnCLIP:
         if noise not in ("slerp", "fixed"):
             raise ValueError(f'expected noise "slerp" or "fixed", got {noise!r}')
         share = torch.linspace(0, 1, n, device=self.device)[:, None]           # (n, 1)
-        ends = [self.latent(x[None], steps, progress) for x in (a, b)]
+        ends = [self.latent(open_picture(x)[None], steps, progress) for x in (a, b)]
         z_i = diffusion.slerp(ends[0][0], ends[1][0], share)                   # (n, D)
         size = ends[0][1].shape[1:]
         if noise == "slerp":
@@ -411,17 +416,17 @@ class UnCLIP:
                            progress=progress)
 
     def text_diff(self, image, source, target, n=8, strength=0.4, *, guidance=1.0, steps=250,
-                  upsampler_steps=None, generator=None, progress=None):
-        """Edit a picture by words: (3, H, W), what it shows, what it shall show.   Sec. 3.3
+                  upsampler_steps=None, generator=None, progress=False):
+        """Edit a picture (see `open_picture`): what it shows, what it shall show.   Sec. 3.3
 
         z_i is turned towards the difference of the two captions, x_T kept:
             z_d = norm(z_t - z_t0),   z = slerp(z_i, z_d, theta),   theta = 0 ... strength
-        -> (n, 3, H', W'), from the picture itself to the full edit; n = 1 gives the full edit.
+        -> (n, 3, H, H), from the picture itself to the full edit; n = 1 gives the full edit.
         strength: the share of the angle between z_i and z_d. The paper's is 0.25 to 0.5, 45 degrees
         if they are at right angles; in the toy they are farther apart, up to 120 degrees.
         """
         z_d = self.difference([source], [target])                              # (1, D)
-        z_i, x_T = self.latent(image[None], steps, progress)
+        z_i, x_T = self.latent(open_picture(image)[None], steps, progress)
         z_d = z_d * z_i.norm()
         theta = torch.linspace(0, strength, max(2, n), device=self.device)[-n:, None]     # (n, 1)
         return self.decode(diffusion.slerp(z_i, z_d, theta), x_T.expand(n, *x_T.shape[1:]),
@@ -470,7 +475,7 @@ def save_atomically(content, path):
 def build_from(config, device="cpu", dtype=torch.float32):
     """A Config -> UnCLIP with fresh weights."""
     return UnCLIP(config, {name: None if getattr(config, name) is None else
-                           fresh(kind, getattr(config, name), device, dtype).eval()
+                           channels_last(fresh(kind, getattr(config, name), device, dtype)).eval()
                            for name, kind in PARTS.items()})
 
 
@@ -590,8 +595,8 @@ def load_karlo(folder, device="cpu", dtype=torch.float32, clip_path=None):
         "clip": model,
         "diffusion_prior": (prior.load_karlo(folder, device, dtype)
                             if index == "UnCLIPPipeline" else None),
-        "decoder": decoder.load_karlo_decoder(folder, device, dtype),
-        "upsampler1": decoder.load_karlo_upsampler(folder, device, dtype)}
+        "decoder": channels_last(decoder.load_karlo_decoder(folder, device, dtype)),
+        "upsampler1": channels_last(decoder.load_karlo_upsampler(folder, device, dtype))}
     configs = {name: part and part.config for name, part in parts.items()}
     configs["decoder"].context = model.config.context
     for name in ("diffusion_prior", "decoder"):
@@ -631,6 +636,14 @@ def add_image_encoder(model, path, device, dtype):
 # ---------------------------------------------------------------- pictures in and out
 
 
+def open_picture(picture):
+    """A file's path, a PIL image or (3, H, W) in [-1, 1] -> its middle square, (3, S, S)."""
+    if not torch.is_tensor(picture) and not isinstance(picture, Image.Image):
+        picture = clip.read_picture(picture)
+    size = picture.shape[1:] if torch.is_tensor(picture) else picture.size
+    return clip.preprocess(picture, min(size))
+
+
 def to_pil(x):
     """(3, H, W) in [-1, 1] -> a PIL image."""
     pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
@@ -663,7 +676,7 @@ def save_grid(pictures, path, columns):
 def autocast(device, dtype):
     """Weights stay in float32, products are computed in `dtype`; with float32 nothing happens.
 
-    For GPUs: on a CPU without bf16 units a toy step takes 15 to 40 % longer.
+    For GPUs: on CPUs without bf16 units a toy step took 1.2 to 10 times as long.
     """
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
@@ -671,7 +684,8 @@ def autocast(device, dtype):
 def channels_last(part):
     """Convolutions' weights in the order of memory that a U-Net's pictures have.
 
-    In the other order every call puts them into this one again.
+    In the other order every call puts them into this one again. (On a GPU tensor cores want this
+    order, but torch's GroupNorm gives the other one back: --compile spares the copies between.)
     """
     return part.to(memory_format=torch.channels_last)
 
@@ -824,9 +838,9 @@ class Living(TorchDispatchMode):
 def count(name, kind, config, args, dtype):
     """What a stage takes, counted on the meta device, where nothing is computed.
 
-    -> its parameters, FLOPs of a step, steps, bytes that stay, bytes at the peak. The peak is an
-    upper bound: matrices of attention are counted, which fast kernels never keep; in training all
-    is float32.
+    -> its parameters; FLOPs that are spent once, FLOPs of a step, steps; bytes that stay, bytes at
+    the peak. The peak is an upper bound: matrices of attention are counted, which fast kernels
+    never keep; in training all is float32. What --recompute does twice counts once as FLOPs.
     """
     with torch.device("meta"):
         part = kind(config)
@@ -836,19 +850,22 @@ def count(name, kind, config, args, dtype):
     part = part.train() if args.train else part.eval().to(dtype)
     with torch.set_grad_enabled(args.train), Living(part) as living:
         weights = living.bytes
-        if args.train:
-            loss, steps = training_loss(name, part, args.batch, "meta"), 1
-            held = 16 * size                         # weights, Adam's two averages, ours
-
-            def step():
-                loss().backward()                    # makes the gradients, 4 bytes a parameter
-        else:
-            step, steps = sampling_work(name, part, PRESETS[args.preset].sampling, args.batch,
-                                        "meta", dtype)
-            held = weights
-        with FlopCounterMode(display=False) as counter:
-            step()
-    return size, counter.get_total_flops(), steps, held, held + living.peak - weights
+        with FlopCounterMode(display=False) as once:
+            if args.train:
+                loss, steps = training_loss(name, part, args.batch, "meta"), 1
+            else:
+                step, steps = sampling_work(name, part, PRESETS[args.preset].sampling, args.batch,
+                                            "meta", dtype)
+        with FlopCounterMode(display=False) as each:
+            loss().backward() if args.train else step()
+    flops = each.get_total_flops()
+    if args.recompute:
+        plain = argparse.Namespace(**vars(args) | {"recompute": False})
+        flops = count(name, kind, config, plain, dtype)[2]
+    if not args.train:
+        return size, once.get_total_flops(), flops, steps, weights, living.peak
+    # Stay: weight, gradient, Adam's two averages, ours. The peak has weights and gradients in it.
+    return size, 0, flops, steps, 20 * size, 12 * size + living.peak
 
 
 def seconds_of(step, device, limit, most):
@@ -870,10 +887,13 @@ def synchronize(device):
 
 def matmul_ceiling(device, dtype):
     """FLOP/s of one large matrix product: what the hardware gives when nothing is in its way."""
-    n = 8192 if torch.device(device).type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    a @ b
-    return 2 * n ** 3 / seconds_of(lambda: a @ b, device, limit=3, most=10)
+    for n in (8192,) if torch.device(device).type == "cuda" else (512, 1024, 2048):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        a @ b
+        seconds = seconds_of(lambda: a @ b, device, limit=1, most=10)
+        if seconds > 0.1:                  # many a CPU takes a minute for the largest one in bf16
+            break
+    return 2 * n ** 3 / seconds
 
 
 def free_memory(device):
@@ -907,16 +927,20 @@ def peak_memory(device):
 
 def benchmark_stage(name, kind, config, args, device, dtype):
     """One row of the table, a dict; a note instead of times if it would not fit."""
-    size, flops, steps, held, needs = count(name, kind, config, args, dtype)
-    row = {"stage": name, "parameters": size, "steps": steps, "FLOPs": flops * steps,
-           "needs": needs, "note": ""}
+    size, once, flops, steps, held, needs = count(name, kind, config, args, dtype)
+    total = once + flops * steps
+    row = {"stage": name, "parameters": size, "steps": steps, "FLOPs": total, "needs": needs,
+           "note": ""}
     if torch.device(device).type == "meta":
         return row
-    if 1.1 * held > free_memory(device):
-        return row | {"note": f"does not fit: the weights alone take {held / 1e9:.1f} GB, "
-                              f"{free_memory(device) / 1e9:.1f} GB are free"}
-    if needs > free_memory(device):
-        row["note"] = f"may not fit: {free_memory(device) / 1e9:.1f} GB are free"
+    free = free_memory(device)
+    least = needs if torch.device(device).type == "cpu" else 1.1 * held  # a full CPU kills programs
+    if least > free:
+        return row | {"note": f"does not fit: it takes {least / 1e9:.1f} GB, {free / 1e9:.1f} GB "
+                              "are free"}
+    if needs > free:
+        print(f"{name} may not fit: at most {needs / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+              flush=True)
     with torch.set_grad_enabled(args.train):
         try:
             reset_peak_memory(device)
@@ -926,18 +950,22 @@ def benchmark_stage(name, kind, config, args, device, dtype):
                 recompute(part)
             if args.compile:
                 compile_blocks(part)
-            if args.train:
-                loss = training_loss(name, part, args.batch, device)
-                step = training_step(part, loss, device, dtype)
-            else:
-                step, _ = sampling_work(name, part, PRESETS[args.preset].sampling, args.batch,
-                                        device, dtype)
+
+            def begin():
+                if args.train:
+                    loss = training_loss(name, part, args.batch, device)
+                    return training_step(part, loss, device, dtype)
+                return sampling_work(name, part, PRESETS[args.preset].sampling, args.batch, device,
+                                     dtype)[0]
+
+            step = begin()
             step()                                       # warms up, and compiles
+            before = 0.0 if args.train else seconds_of(begin, device, limit=0, most=1)
             seconds = seconds_of(step, device, args.limit_seconds, max(3, steps))
         except torch.OutOfMemoryError:
             return row | {"note": "did not fit: out of memory"}
-    return row | {"seconds": seconds * steps, "FLOP/s": flops / seconds,
-                  "peak": peak_memory(device), "note": ""}
+    seconds = before + seconds * steps
+    return row | {"seconds": seconds, "FLOP/s": total / seconds, "peak": peak_memory(device)}
 
 
 def machine(device):
@@ -964,7 +992,7 @@ def run_benchmark(args):
                       "share", "peak GB"))
     for name, kind in PARTS.items():
         config = getattr(PRESETS[args.preset], name)
-        if config is None:
+        if config is None or name not in args.only:
             continue
         row = benchmark_stage(name, kind, config, args, device, dtype)
         rows.append(row)
@@ -974,23 +1002,28 @@ def run_benchmark(args):
         print(line.format(name, f"{row['parameters'] / 1e6:.1f}", row["steps"],
                           f"{row['FLOPs'] / 1e9:.0f}", f"{row['needs'] / 1e9:.2f}", *measured)
               + row["note"], flush=True)
-    used = [row for row in rows if "seconds" in row and row["stage"] != "ar_prior"]
-    total = sum(row["seconds"] for row in used)
-    if not args.train and len(used) == len([r for r in rows if r["stage"] != "ar_prior"]):
-        print(f"one batch of {args.batch} with the diffusion prior: {total:.3g} s, "
-              f"{60 * args.batch / total:.3g} pictures a minute")
+    used = [row for row in rows if row["stage"] != "ar_prior"]
+    whole = not args.train and set(args.only) >= {*PARTS} - {"ar_prior"}
+    flops = sum(row["FLOPs"] for row in used) if whole else None
+    ran = whole and all("seconds" in row for row in used)
+    total = sum(row["seconds"] for row in used) if ran else None
+    if whole:
+        print(f"one batch of {args.batch} with the diffusion prior: {flops / 1e12:.4g} TFLOP")
+    if ran:
+        print(f"in {total:.3g} s, {60 * args.batch / total:.3g} pictures a minute")
     if args.json:
         Path(args.json).write_text(json.dumps({
             "preset": args.preset, "batch": args.batch, "device": str(device), "dtype": args.dtype,
             "machine": where, "date": today, "recompute": args.recompute,
             "torch": torch.__version__, "train": args.train, "compile": args.compile,
-            "ceiling FLOP/s": ceiling, "stages": rows, "total seconds": total}, indent=1) + "\n")
+            "ceiling FLOP/s": ceiling, "stages": rows, "total FLOPs": flops, "total seconds": total,
+            "pictures a minute": total and 60 * args.batch / total}, indent=1) + "\n")
 
 
 def memory_needed(preset, dtype, batch=1):
     """What sampling takes, in bytes: {part: (weights, weights and the rest at the peak)}."""
     args = argparse.Namespace(preset=preset, batch=batch, train=False, recompute=False)
-    return {name: count(name, kind, getattr(PRESETS[preset], name), args, dtype)[3:]
+    return {name: count(name, kind, getattr(PRESETS[preset], name), args, dtype)[4:]
             for name, kind in PARTS.items()                      # one prior is enough
             if getattr(PRESETS[preset], name) is not None and name != "ar_prior"}
 
@@ -1079,17 +1112,11 @@ def open_weights(args):
     return model
 
 
-def open_picture(path):
-    """A picture file -> (3, S, S) in [-1, 1], the middle of it if it is not square."""
-    picture = clip.read_picture(path)
-    return clip.preprocess(picture, min(picture.size))
-
-
 def from_picture(args):
     """What the commands that begin with a picture share."""
     return {"guidance": 1.0 if args.guidance is None else args.guidance,
             "steps": args.decoder_steps or 250,
-            "upsampler_steps": args.upsampler_steps, "progress": "pictures",
+            "upsampler_steps": args.upsampler_steps, "progress": True,
             "generator": torch.Generator().manual_seed(args.seed)}
 
 
@@ -1151,7 +1178,6 @@ def finite(text):
 
 
 def main(argv=None):
-    formatter = HelpFormatter
     parser = argparse.ArgumentParser(description="unCLIP: from a caption to a picture.",
                                      allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -1174,7 +1200,7 @@ def main(argv=None):
                         help="one number for each upsampler (default: the weights')")
 
     sub = commands.add_parser("sample", parents=[common], help="captions to pictures",
-                              formatter_class=formatter, allow_abbrev=False)
+                              formatter_class=HelpFormatter, allow_abbrev=False)
     sub.add_argument("captions", nargs="+", metavar="CAPTION")
     sub.add_argument("-n", type=positive, default=1, help="pictures of each caption")
     sub.add_argument("--prior", choices=("diffusion", "ar"), default="diffusion")
@@ -1188,16 +1214,16 @@ def main(argv=None):
     sub.set_defaults(run=run_sample)
 
     sub = commands.add_parser("variations", parents=[common], help="pictures like a picture",
-                              formatter_class=formatter, allow_abbrev=False)
+                              formatter_class=HelpFormatter, allow_abbrev=False)
     sub.add_argument("image", metavar="PICTURE", help="any picture file; its middle square is used")
     sub.add_argument("-n", type=positive, default=8, help="how many")
     sub.add_argument("--eta", type=finite, default=0.2, help="noise on the way: 0 draws the "
-                     "picture itself, 1 keeps only what CLIP sees")
+                     "picture itself, 1 little but what CLIP sees")
     sub.add_argument("-o", "--out", default="variations.png", help="where to write the picture")
     sub.set_defaults(run=run_variations)
 
     sub = commands.add_parser("interpolate", parents=[common], help="from one picture to another",
-                              formatter_class=formatter, allow_abbrev=False)
+                              formatter_class=HelpFormatter, allow_abbrev=False)
     sub.add_argument("a", metavar="FROM")
     sub.add_argument("b", metavar="TO")
     sub.add_argument("-n", type=positive, default=8, help="pictures on the way")
@@ -1207,7 +1233,7 @@ def main(argv=None):
     sub.set_defaults(run=run_interpolate)
 
     sub = commands.add_parser("edit", parents=[common], help="change a picture by words",
-                              formatter_class=formatter, allow_abbrev=False)
+                              formatter_class=HelpFormatter, allow_abbrev=False)
     sub.add_argument("image", metavar="PICTURE")
     sub.add_argument("--source", required=True, metavar="CAPTION", help="what the picture shows")
     sub.add_argument("--target", required=True, metavar="CAPTION", help="what it shall show")
@@ -1219,12 +1245,14 @@ def main(argv=None):
     sub.set_defaults(run=run_edit)
 
     sub = commands.add_parser("benchmark", help="how fast is each stage, and does it fit?",
-                              formatter_class=formatter, allow_abbrev=False)
+                              formatter_class=HelpFormatter, allow_abbrev=False)
     sub.add_argument("--preset", choices=PRESETS, default="toy")
     sub.add_argument("--device", default="cpu", help="cpu, cuda, mps; meta: count, do not run")
     sub.add_argument("--dtype", default="fp32", choices=DTYPES,
                      help="of the weights; in training, of autocast")
     sub.add_argument("--batch", type=positive, default=1, metavar="N")
+    sub.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS], metavar="PART",
+                     help="of these parts")
     sub.add_argument("--train", action="store_true", help="steps of training instead of sampling")
     sub.add_argument("--compile", action="store_true", help="with torch.compile")
     sub.add_argument("--recompute", action="store_true", help="with activation checkpointing")
@@ -1234,7 +1262,7 @@ def main(argv=None):
     sub.set_defaults(run=run_benchmark)
 
     sub = commands.add_parser("memory", help="what does each part take to sample? Counts, runs "
-                              "nothing", formatter_class=formatter, allow_abbrev=False)
+                              "nothing", formatter_class=HelpFormatter, allow_abbrev=False)
     sub.add_argument("--preset", choices=PRESETS, default="karlo")
     sub.add_argument("--batch", type=positive, default=1, metavar="N")
     sub.set_defaults(run=lambda args: print(memory_table(args.preset, args.batch)))

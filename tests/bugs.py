@@ -80,7 +80,7 @@ def no_cap(T):
      "alphabar is 0.024, and starts from noise that belongs to T.")
 def starts_below_T(T, K):
     if not 1 <= K <= T:
-        raise ValueError(f"expected between 1 and T = {T} sampling steps, got {K}")
+        raise ValueError(f"expected between 1 and {T} sampling steps, got {K}")
     return [1 + i * (T // K) for i in range(K)]
 
 

@@ -1,15 +1,19 @@
 """What the layout of our networks is worth on a CPU: ratios of interleaved runs, in one process.
 
     python tests/compare_speed.py [--runs 7] [--diffusers] [--json pictures/speed.json]
+    python tests/compare_speed.py --karlo [--device cuda --dtype bf16 --compile --batch 8]
 
 The U-Net against the same weights in ADM's and GLIDE's layout, written plainly: contiguous tensors,
 q, k, v and the context's keys and values each computed where they are used, attention as a matrix
 and a softmax, SiLU of the time embedding in every block. With --diffusers (to be installed beside
 our five packages) also against diffusers' U-Net, given the same weights. All are checked to say the
 same. Then the switches of unclip.py, on a step of training of the toy's decoder and diffusion
-prior; the autoregressive prior with its cache against without; and our step of Muon against
-torch's. A large matrix product takes its turn among the runs: its FLOP/s are the ceiling that
-shares are of.
+prior; a step of sampling without what it saves; the autoregressive prior with its cache against
+without; and our step of Muon against torch's. A large matrix product takes its turn among the runs:
+its FLOP/s, at their best of all comparisons, are the ceiling that shares are of.
+
+--karlo: a whole picture at Karlo's full size, ours against diffusers' networks (random weights, the
+same shapes and step counts), which needs 30 GB on a CPU.
 """
 import argparse
 import copy
@@ -197,7 +201,8 @@ def compare(ways, runs):
     return rows
 
 
-SWITCHES = ("plain", "recompute", "bf16", "compile", "not foreach")
+SWITCHES = ("as it is", "weights contiguous", "explicit softmax", "AdamW not fused", "not foreach",
+            "compile", "recompute", "bf16")
 
 
 def compare_switches(name, runs):
@@ -205,33 +210,133 @@ def compare_switches(name, runs):
     ways = {}
     for switch in SWITCHES:
         torch.manual_seed(0)
-        part = unclip.channels_last(unclip.PARTS[name](getattr(unclip.toy(), name)).train())
+        part = unclip.PARTS[name](getattr(unclip.toy(), name)).train()
+        part = part if switch == "weights contiguous" else unclip.channels_last(part)
         if switch == "recompute":
             unclip.recompute(part)
         if switch == "compile":
             unclip.compile_blocks(part)
         dtype = torch.bfloat16 if switch == "bf16" else torch.float32
         loss = unclip.training_loss(name, part, 16, "cpu")
-        ways[switch] = (one_by_one(part, loss) if "foreach" in switch else
+        ways[switch] = (other_step(part, loss, foreach="fused" in switch) if "not" in switch else
                         unclip.training_step(part, loss, "cpu", dtype))
+    ways["explicit softmax"] = with_softmax(ways["explicit softmax"])
     return medians(ways, runs)
 
 
-def one_by_one(part, loss):
-    """`unclip.training_step` with a loop over the weights in each of its last three lines."""
+def with_softmax(work):
+    """Attention as a matrix and a softmax."""
+    def slowly():
+        with sdpa_kernel(SDPBackend.MATH):
+            work()
+    return slowly
+
+
+def other_step(part, loss, foreach):
+    """`unclip.training_step` without the fused AdamW; or with loops over the weights, too."""
     weights = list(part.parameters())
-    opt = torch.optim.AdamW(weights, 1e-4, foreach=False)
+    opt = torch.optim.AdamW(weights, 1e-4, foreach=foreach)
     ema = [w.detach().clone() for w in weights]
 
     def step():
         opt.zero_grad()
         loss().backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=False)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=foreach)
         opt.step()
-        for average, w in zip(ema, weights):
-            average.lerp_(w.detach(), 1e-4)
+        if foreach:
+            torch._foreach_lerp_(ema, [w.detach() for w in weights], 1e-4)
+        else:
+            for average, w in zip(ema, weights):
+                average.lerp_(w.detach(), 1e-4)
 
     return step
+
+
+def steps_of_sampling(name, B):
+    """Ways to do a guided step of sampling, of the toy's decoder or diffusion prior."""
+    torch.manual_seed(0)
+    part = unclip.channels_last(unclip.PARTS[name](getattr(unclip.toy(), name)).eval())
+    text = unclip.random_text(part.config, B, "cpu", torch.float32)
+    decodes = name == "decoder"
+    given = (torch.randn(B, part.config.embed_dim),) if decodes else ()
+    x = torch.randn(B, 3, 16, 16) if decodes else torch.randn(B, part.config.embed_dim)
+    both = part.denoiser(*given, text, 2.0)
+    one = part.denoiser(*given, text)
+    other = part.denoiser(*(torch.zeros_like(z) for z in given), text.null())
+    return {"ours": lambda: both(x, 500),
+            "what all steps share done at each": lambda: part.denoiser(*given, text, 2.0)(x, 500),
+            "guidance as two batches": lambda: diffusion.guide(other(x, 500), one(x, 500), 2.0)}
+
+
+def karlo_of_diffusers(name, B, device, dtype):
+    """A guided step of one of Karlo's networks as diffusers' pipeline does it, random weights."""
+    from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
+    c, s = getattr(unclip.karlo(), name), unclip.karlo().sampling
+    make = dict(device=device, dtype=dtype)
+    if name == "diffusion_prior":
+        part = PriorTransformer(num_attention_heads=c.heads, attention_head_dim=c.width // c.heads,
+                                num_layers=c.layers, embedding_dim=c.embed_dim,
+                                num_embeddings=c.context, additional_embeddings=4)
+        part = part.eval().to(**make)
+        x, z_t = torch.randn(B, c.embed_dim, **make), torch.randn(2 * B, c.embed_dim, **make)
+        words = torch.randn(2 * B, c.context, c.text_width, **make)
+        mask = torch.ones(2 * B, c.context, dtype=torch.bool, device=device)
+        return part, lambda: diffusion.guide(*part(
+            torch.cat([x, x]), 500, z_t, words, mask).predicted_image_embedding.chunk(2),
+            s.prior_guidance)
+    u = c.unet
+    sizes = dict(sample_size=u.size, in_channels=u.in_channels, out_channels=u.out_channels,
+                 block_out_channels=[m * u.channels for m in u.mults], layers_per_block=u.depth)
+    if name == "decoder":
+        part = UNet2DConditionModel(
+            **sizes, attention_head_dim=u.head_channels, cross_attention_dim=u.context_width,
+            resnet_time_scale_shift="scale_shift", class_embed_type="identity",
+            down_block_types=["ResnetDownsampleBlock2D"] + 3 * ["SimpleCrossAttnDownBlock2D"],
+            up_block_types=3 * ["SimpleCrossAttnUpBlock2D"] + ["ResnetUpsampleBlock2D"],
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn")
+        part = unclip.channels_last(part.eval().to(**make))
+        x = torch.randn(B, 3, u.size, u.size, **make)
+        words = torch.randn(2 * B, c.context + 4, u.context_width, **make)
+        emb = torch.randn(2 * B, 4 * u.channels, **make)
+        return part, lambda: diffusion.guide_eps(*part(
+            torch.cat([x, x]), 500, words, class_labels=emb).sample.chunk(2), s.guidance)
+    part = UNet2DModel(**sizes, down_block_types=4 * ["ResnetDownsampleBlock2D"],
+                       up_block_types=4 * ["ResnetUpsampleBlock2D"], add_attention=False)
+    part = unclip.channels_last(part.eval().to(**make))
+    x = torch.randn(B, u.in_channels, u.size, u.size, **make)
+    return part, lambda: part(x, 500).sample
+
+
+@torch.no_grad()
+def compare_karlo(args):
+    """-> {part: {"steps", "seconds" of one: {"ours", "diffusers"}}} of a picture at full size."""
+    device, dtype, found = unclip.pick_device(args.device), unclip.DTYPES[args.dtype], {}
+    config = unclip.karlo()
+    for name in ("diffusion_prior", "decoder", "upsampler1"):
+        part = unclip.channels_last(unclip.fresh(unclip.PARTS[name], getattr(config, name), device,
+                                                 dtype).eval())
+        theirs, their_step = karlo_of_diffusers(name, args.batch, device, dtype)
+        a, b = (sum(w.numel() for w in p.parameters()) for p in (part, theirs))
+        if args.compile:
+            unclip.compile_blocks(part)
+            theirs.compile()
+        step, steps = unclip.sampling_work(name, part, config.sampling, args.batch, device, dtype)
+        ways = {kind: lambda work=work: (work(), unclip.synchronize(device))
+                for kind, work in (("ours", step), ("diffusers", their_step))}
+        found[name] = {"steps": steps, "parameters": {"ours": a, "diffusers": b},
+                       "seconds": medians(ways, args.runs)}
+        print(name, found[name], flush=True)
+        del part, theirs, step, their_step, ways
+        unclip.free_memory(device)
+    total = {kind: sum(row["steps"] * row["seconds"][kind] for row in found.values())
+             for kind in ("ours", "diffusers")}
+    print(f"Karlo at full size, batch {args.batch}, {args.dtype}, {unclip.machine(device)}, torch "
+          f"{torch.__version__}, {datetime.date.today()}: {total['ours']:.3g} s, with diffusers' "
+          f"networks {total['diffusers']:.3g} s, {total['diffusers'] / total['ours']:.2f} times as "
+          "long")
+    return {"machine": unclip.machine(device), "torch": torch.__version__, "dtype": args.dtype,
+            "batch": args.batch, "compile": args.compile, "runs": args.runs,
+            "date": datetime.date.today().isoformat(), "parts": found, "seconds": total}
 
 
 def ar_config():
@@ -280,6 +385,12 @@ def measure(runs, with_diffusers):
     for name in ("decoder", "diffusion_prior"):
         found["steps of training"][name] = compare_switches(name, runs)
         print(f"a step of training, toy {name}:", found["steps of training"][name], flush=True)
+    for name, B in (("decoder", 4), ("diffusion_prior", 8)):         # a caption: 4 drawn, 2 each
+        with torch.no_grad():
+            seconds = medians(steps_of_sampling(name, B), 10 * runs)
+        found["rows"].append({"what": f"toy {name.replace('_', ' ')}, guided, batch {B}",
+                              "passes": "a step of sampling", "FLOPs": None, "seconds": seconds})
+        print(found["rows"][-1], flush=True)
     part, threads = prior.ARPrior(ar_config()).eval(), torch.get_num_threads()
     for B, n in ((1, threads), (4, threads), (1, 1)):    # two threads wait for one another often
         torch.set_num_threads(n)
@@ -302,9 +413,10 @@ def ceiling(row):
     return 2 * SIDE ** 3 / row["seconds"]["product"]
 
 
-def share_of(row):
-    """How much of that ceiling our network reaches, in percent."""
-    return 100 * row["FLOPs"] / row["seconds"]["ours"] / ceiling(row)
+def share_of(row, found):
+    """How much of the best product's FLOP/s our network reaches, in percent."""
+    best = max(ceiling(other) for other in found["rows"] if other["FLOPs"])
+    return 100 * row["FLOPs"] / row["seconds"]["ours"] / best
 
 
 def table(found):
@@ -313,7 +425,7 @@ def table(found):
              "|---|---|---|---|---|"]
     for row in found["rows"]:
         ours = row["seconds"]["ours"]
-        share = f"{share_of(row):.0f} %" if row["FLOPs"] else ""
+        share = f"{share_of(row, found):.0f} %" if row["FLOPs"] else ""
         lines += [f"| {row['what']}: {row['passes']} | {ours:.3f} | {seconds:.3f}, {name} | "
                   f"{seconds / ours:.2f} | {share} |"
                   for name, seconds in row["seconds"].items() if name not in ("ours", "product")]
@@ -347,15 +459,21 @@ def summary(found):
             ratios = [row["seconds"][name] / row["seconds"]["ours"] for row in rows
                       if name in row["seconds"]]
             parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} times as fast as {name}")
-    shares = [share_of(row) for row in rows]
+    shares = [share_of(row, found) for row in rows]
     return (f"Our U-Nets were {', '.join(parts)}, and reached {min(shares):.0f} to "
             f"{max(shares):.0f} % of what a matrix product reaches.")
 
 
 def run(args):
-    if args.diffusers and importlib.util.find_spec("diffusers") is None:
-        raise ValueError("--diffusers compares with diffusers, which is not installed and not one "
-                         "of our five packages; do `pip install diffusers`, or leave it out")
+    if (args.diffusers or args.karlo) and importlib.util.find_spec("diffusers") is None:
+        raise ValueError("--diffusers and --karlo compare with diffusers, which is not installed "
+                         "and not one of our five packages; do `pip install diffusers`, or leave "
+                         "it out")
+    if args.karlo:
+        found = compare_karlo(args)
+        if args.json:
+            Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        return
     found = measure(args.runs, args.diffusers)
     print(conditions(found), table(found), summary(found), switches_table(found), sep="\n\n")
     if args.json:
@@ -366,6 +484,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--runs", type=unclip.positive, default=7, help="of each, interleaved")
     parser.add_argument("--diffusers", action="store_true", help="against its U-Net, too")
+    parser.add_argument("--karlo", action="store_true", help="a picture at Karlo's full size, "
+                        "against diffusers' networks, and nothing else")
+    parser.add_argument("--device", default="cpu", help="of --karlo: cpu, cuda")
+    parser.add_argument("--dtype", default="fp32", choices=unclip.DTYPES, help="of --karlo")
+    parser.add_argument("--batch", type=unclip.positive, default=1, help="of --karlo")
+    parser.add_argument("--compile", action="store_true", help="of --karlo: both compiled")
     parser.add_argument("--json", metavar="FILE", help="write what was measured there")
     return unclip.stop_on_error(run, parser.parse_args(argv))
 

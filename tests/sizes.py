@@ -25,11 +25,24 @@ STATED = {
 }
 
 
+def files():
+    """-> what the benchmark wrote, of sampling and of training."""
+    return [json.loads((PICTURES / f"paper_{kind}.json").read_text(encoding="utf-8"))
+            for kind in ("sampling", "training")]
+
+
 def read():
     """-> what the benchmark counted for sampling and for training, each {part: its row}."""
-    files = [json.loads((PICTURES / f"paper_{kind}.json").read_text(encoding="utf-8"))
-             for kind in ("sampling", "training")]
-    return [{row["stage"]: row for row in file["stages"]} for file in files]
+    return [{row["stage"]: row for row in file["stages"]} for file in files()]
+
+
+def conditions():
+    """When and with what it was counted, and what one picture takes in all: a sentence."""
+    sampling, training = files()
+    return (f"Counted, not run, by torch {sampling['torch']} "
+            f"({sampling['machine'].split(',')[0]}, {max(sampling['date'], training['date'])}). "
+            f"One picture takes {sampling['total FLOPs'] / 1e12:,.0f} TFLOP with the diffusion "
+            "prior; what all steps share is done and counted once.")
 
 
 def shown(parameters):
@@ -68,7 +81,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.parse_args(argv)
     sampling, training = read()
-    print(table(sampling, training), totals(sampling, training), sep="\n\n")
+    print(table(sampling, training), conditions(), totals(sampling, training), sep="\n\n")
 
 
 if __name__ == "__main__":

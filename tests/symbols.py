@@ -40,7 +40,7 @@ SYMBOLS = (                     # letter, what it is, our name, file, the line t
     ("eta", "noise that DDIM adds", "eta", "diffusion.py",
      "def ddim_step(alphabar, x_t, t, s, x0, eta=0.0, noise=None):"),
     ("x_T", "the noise that decodes to a picture", "x_T", "unclip.py",
-     "def latent(self, pictures, steps=250, progress=None):"),
+     "def latent(self, pictures, steps=250, progress=False):"),
     ("slerp, theta", "along an arc, its share or angle", "slerp", "diffusion.py",
      "def slerp(a, b, share):"),
     ("z_d", "difference of two captions", "z_d", "unclip.py",

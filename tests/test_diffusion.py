@@ -96,9 +96,17 @@ def test_the_other_spacings():
     assert sections == [1, 4, 5, 6, 7, 10], "sections of 4, 3, 3; the first take what is over"
     times = diffusion.glide27_timesteps()
     assert times[:3] == [1, 23, 45] and times[-4:] == [601, 800, 801, 998], "many near the data"
-    assert diffusion.glide27_timesteps(100)[-4:] == [61, 80, 81, 100], "GLIDE's times for another T"
+    assert diffusion.glide27_timesteps(100)[-4:] == [61, 80, 81, 98], "GLIDE's code takes T - 2"
     assert diffusion.ddim_timesteps(1000, 15) == list(range(1, 1001, 67)), "smallest whole stride"
     assert diffusion.steps([1, 4, 9]) == [(9, 4), (4, 1), (1, 0)], "the last step goes to the data"
+
+
+@pytest.mark.ours
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2,), (2, 9, 4, 4), (1, 3, 4, 4)])
+def test_a_prediction_of_another_shape_is_refused(shape):
+    alphabar = diffusion.cosine_alphabar(10)
+    with pytest.raises(ValueError, match=r"expected a prediction like x_t \(2, 3, 4, 4\)"):
+        diffusion.sample(lambda x, t: torch.zeros(shape), alphabar, torch.zeros(2, 3, 4, 4), [5])
 
 
 def test_the_time_embedding_tells_every_time_apart():

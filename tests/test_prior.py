@@ -183,13 +183,13 @@ def test_example_i_never_sees_example_j(model, text):
 def test_the_time_path_is_not_one_linear_map_and_rows_are_times(model, monkeypatch):
     a, b = torch.tensor([10]), torch.tensor([700])
     x = rand(2, D)
-    both = model.step(x, torch.tensor([10, 700]))
-    assert torch.allclose(model.step(x[:1], a)[0], both[0], atol=1e-6), "time along the batch axis?"
-    assert not torch.allclose(model.step(x[:1], a), model.step(x[:1], b))
+    both = model.suffix(x, torch.tensor([10, 700]))
+    assert torch.allclose(model.suffix(x[:1], a)[0], both[0], atol=1e-6), "time along the batch axis?"
+    assert not torch.allclose(model.suffix(x[:1], a), model.suffix(x[:1], b))
     monkeypatch.setattr(diffusion, "sinusoid", lambda index, width: index)
 
     def f(wave):                                     # the time's token, were this its sinusoid
-        return model.step(x[:1], wave)[:, 0]
+        return model.suffix(x[:1], wave)[:, 0]
     u, v = rand(1, W, seed=7), rand(1, W, seed=8)
     assert not torch.allclose(f(u) + f(v), f(u + v) + f(torch.zeros(1, W)), atol=1e-4), \
         "the time path is one linear map: no activation between its layers?"

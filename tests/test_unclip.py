@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,58 @@ def test_variations_share_the_latent_and_differ_by_their_noise(stack, photo):
                                                   upsampler_steps=()), atol=1e-4)
 
 
+def test_a_picture_may_be_a_file_a_pil_image_or_a_tensor(stack, photo, tmp_path):
+    """Of a wide one the middle square is used, as on the command line."""
+    def still(image):
+        return stack.variations(image, 1, eta=0.0, steps=4, upsampler_steps=())
+
+    wide = torch.nn.functional.pad(photo, (8, 8, 0, 0), value=1.0)
+    assert torch.equal(still(wide), still(photo))
+    picture = unclip.to_pil(photo)
+    picture.save(tmp_path / "a.png")
+    assert torch.equal(still(picture), still(tmp_path / "a.png"))
+    assert torch.allclose(still(picture), still(photo), atol=0.05), "but for rounding to 8 bits"
+
+
+def test_pictures_and_settings_that_cannot_be_meant_are_refused_before_any_work(stack, photo):
+    bytes_ = (photo + 1) * 127.5
+    for call, words in [
+            (lambda: stack.encode_image(bytes_[None]), r"in \[-1, 1\], got .* x / 127.5 - 1"),
+            (lambda: stack.variations(bytes_), r"in \[-1, 1\]"),
+            (lambda: stack.latent(photo[None, :, :, 2:]), "expected square pictures"),
+            (lambda: stack.variations(photo, eta=2.0), "eta between 0"),
+            (lambda: draw(stack, upsampler_steps=5), "expected 2 numbers of upsampler steps"),
+            (lambda: draw(stack, prior_steps=0), "expected between 1 and 1000 sampling steps"),
+            (lambda: draw(stack, decoder_steps=0), "expected between 1 and 1000 sampling steps")]:
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_every_method_that_takes_long_shows_its_progress(stack, photo, capsys):
+    stack.variations(photo, 1, steps=2, upsampler_steps=(), progress=True)
+    said = capsys.readouterr().err
+    assert "inverting" in said and "pictures" in said
+    stack.variations(photo, 1, steps=2, upsampler_steps=())
+    assert capsys.readouterr().err == ""
+
+
+def test_parts_that_cannot_work_together_are_refused():
+    config = tiny_config()
+    config.decoder.context -= 1
+    with pytest.raises(ValueError, match="one context for priors and decoder"):
+        unclip.build_from(config)
+    config = tiny_config()
+    for part in (config.diffusion_prior, config.ar_prior, config.decoder):
+        part.context = config.clip.context - 1
+    with pytest.raises(ValueError, match="at least CLIP's"):
+        unclip.build_from(config)
+    config = tiny_config().decoder
+    with pytest.raises(ValueError, match="expected text_width to be the U-Net's context_width"):
+        unclip.decoder.Decoder(dataclasses.replace(config, text_width=2 * config.text_width))
+    with pytest.raises(ValueError, match="multiple of the heads, 3"):
+        unclip.prior.DiffusionPrior(unclip.prior.DiffusionPriorConfig(width=100, heads=3))
+
+
 def test_interpolation_begins_and_ends_with_the_two_pictures(stack, photo):
     other = photo.flip(2)
     path = stack.interpolate(photo, other, 5, steps=4, upsampler_steps=())
@@ -402,7 +455,8 @@ def test_every_command_explains_itself(command, main, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--train", "--batch", "2"], ["--dtype", "bf16"]])
+@pytest.mark.parametrize("options", [[], ["--train", "--batch", "2"],
+                                     pytest.param(["--dtype", "bf16"], marks=pytest.mark.long)])
 def test_the_benchmark_measures_every_stage(command, monkeypatch, options):
     monkeypatch.setitem(unclip.PRESETS, "toy", tiny_config())
     status, said, _ = command(unclip.main, "benchmark", "--limit-seconds", "0.01", "--json",
@@ -460,10 +514,10 @@ def test_the_benchmark_counts_all_pictures_that_reranking_draws(monkeypatch):
     """Four small ones for each large one: four times the work of prior and decoder, not of the
     upsamplers."""
     def flops(name):
-        _, work, steps, *_ = unclip.count(name, unclip.PARTS[name], getattr(toy, name),
-                                          argparse.Namespace(preset="toy", batch=1, train=False,
-                                                             recompute=False), torch.float32)
-        return work * steps
+        args = argparse.Namespace(preset="toy", batch=1, train=False, recompute=False)
+        _, once, work, steps, *_ = unclip.count(name, unclip.PARTS[name], getattr(toy, name), args,
+                                                torch.float32)
+        return once + work * steps
     toy, names = unclip.PRESETS["toy"], ("diffusion_prior", "decoder", "upsampler1")
     four = [flops(name) for name in names]
     monkeypatch.setattr(toy.sampling, "rerank", 1)
@@ -473,8 +527,24 @@ def test_the_benchmark_counts_all_pictures_that_reranking_draws(monkeypatch):
 def test_the_benchmark_says_what_would_not_fit(command, monkeypatch):
     monkeypatch.setattr(unclip, "free_memory", lambda device: 1e6)
     status, said, _ = command(unclip.main, "benchmark", "--preset", "paper")
-    assert status == 0 and said.count("does not fit: the weights alone take") == 6
-    assert "14.0 GB" in said, "the decoder: 3.5 billion numbers of 4 bytes"
+    assert status == 0 and said.count("does not fit: it takes") == 6
+    sizes = [float(x) for x in re.findall(r"it takes ([0-9.]+) GB", said)]
+    assert 14.0 < sizes[3] < 16, "the decoder: 3.5 billion numbers of 4 bytes, and some to work with"
+
+
+def test_the_benchmark_counts_each_thing_once(command):
+    """What all steps share once; a forward pass that recomputing repeats, too."""
+    def rows(*options):
+        command(unclip.main, "benchmark", "--device", "meta", "--json", "count.json", *options)
+        return json.loads(Path("count.json").read_text())["stages"]
+
+    [whole] = rows("--only", "diffusion_prior", "--preset", "paper")
+    L, W, layers = 257, 2048, 24
+    once, step = (2 * n * 12 * W * W * layers for n in (L, 3))           # products of the blocks
+    assert whole["FLOPs"] == pytest.approx(2 * once + 64 * 2 * step, rel=0.15), "2 candidates"
+    plain, again = rows("--train", "--only", "decoder"), rows("--train", "--recompute", "--only",
+                                                              "decoder")
+    assert plain[0]["FLOPs"] == again[0]["FLOPs"]
 
 
 def test_what_lives_is_counted_once_until_it_is_dropped():
