@@ -471,7 +471,7 @@ def seventeen_for_any_width(self, z):
     return clip.unit(z) * 17.2
 
 
-@bug("prior.DiffusionPrior.read", "padded",
+@bug("prior.DiffusionPrior.prefix", "padded",
      "test_prior.py::test_padding_does_not_matter",
      "mbn312/dalle2: raw token ids enter the prior as a vector of floats.")
 def raw_ids(self, text):
@@ -480,7 +480,7 @@ def raw_ids(self, text):
     return torch.cat([words, z_t[:, None]], dim=1) + self.pos[:-3]
 
 
-@bug("prior.DiffusionPrior.step", "x_t does not matter",
+@bug("prior.DiffusionPrior.suffix", "x_t does not matter",
      "test_prior.py::test_all_that_it_is_given_matters",
      "DALLE2-pytorch #71 (fixed): the noised embedding was not among the prior's tokens.")
 def x_t_left_out(self, x_t, index):
@@ -489,7 +489,7 @@ def x_t_left_out(self, x_t, index):
     return three + self.pos[-3:]
 
 
-@bug("prior.DiffusionPrior.step", "t does not matter",
+@bug("prior.DiffusionPrior.suffix", "t does not matter",
      "test_prior.py::test_all_that_it_is_given_matters",
      "minDiffusion's superminddpm.py: the network is given t and never uses it.")
 def t_never_used(self, x_t, index):
@@ -498,7 +498,7 @@ def t_never_used(self, x_t, index):
     return three + self.pos[-3:]
 
 
-@bug("prior.DiffusionPrior.step", "one linear map",
+@bug("prior.DiffusionPrior.suffix", "one linear map",
      "test_prior.py::test_the_time_path_is_not_one_linear_map_and_rows_are_times",
      "labml #165 (fixed): two linear layers in a row on the time path and no activation between "
      "them.")
