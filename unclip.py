@@ -896,15 +896,19 @@ def matmul_ceiling(device, dtype):
     return 2 * n ** 3 / seconds
 
 
+MEMORY = Path("/proc/meminfo")
+
+
 def free_memory(device):
     """Bytes that can still be had."""
     gc.collect()                                         # compiled parts are tied up in themselves
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    if "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", ()):      # not Linux: nobody says
+    if not MEMORY.exists():                              # not Linux: nobody says
         return math.inf
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = dict(line.split(":") for line in MEMORY.read_text().splitlines())
+    return 1024 * int(lines["MemAvailable"].split()[0])              # "16384256 kB"
 
 
 def reset_peak_memory(device):

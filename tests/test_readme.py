@@ -221,6 +221,18 @@ def test_an_experiment_is_measured(name, tmp_path, monkeypatch, capsys):
     assert experiments.main(["nothing"]) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.ours
+def test_the_example_in_python_runs(monkeypatch, tmp_path):
+    [example] = re.findall(r"```python\n(.*?)```", README, re.S)
+    for method in (unclip.UnCLIP.variations, unclip.UnCLIP.text_diff):
+        monkeypatch.setitem(method.__kwdefaults__, "steps", 4)                # 250 take half a minute
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    exec(example, {})
+    assert (tmp_path / "out.png").exists()
+
+
 # ---------------------------------------------------------------- every command, run
 
 # What makes a command a matter of seconds; the last of two equal options counts.

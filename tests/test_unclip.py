@@ -529,7 +529,14 @@ def test_the_benchmark_says_what_would_not_fit(command, monkeypatch):
     status, said, _ = command(unclip.main, "benchmark", "--preset", "paper")
     assert status == 0 and said.count("does not fit: it takes") == 6
     sizes = [float(x) for x in re.findall(r"it takes ([0-9.]+) GB", said)]
-    assert 14.0 < sizes[3] < 16, "the decoder: 3.5 billion numbers of 4 bytes, and some to work with"
+    assert 14.0 < sizes[3] < 16, "the decoder: 3.5 billion numbers of 4 bytes, and its work"
+
+
+def test_free_memory_counts_what_a_cache_would_give_back(monkeypatch, tmp_path):
+    monkeypatch.setattr(unclip, "MEMORY", tmp_path / "meminfo")
+    assert unclip.free_memory("cpu") == float("inf"), "nobody says"
+    unclip.MEMORY.write_text("MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:  5000 kB\n")
+    assert unclip.free_memory("cpu") == 5000 * 1024
 
 
 def test_the_benchmark_counts_each_thing_once(command):
