@@ -562,7 +562,7 @@ class Text(NamedTuple):
     tokens: torch.Tensor            # (B, L)
     mask: torch.Tensor              # (B, L) bool, True up to and including the end token
     z_t: torch.Tensor               # (B, D) CLIP's embedding of the caption
-    states: torch.Tensor            # (B, CLIP's L, W) CLIP's hidden states; (B, 0): nobody's
+    states: torch.Tensor            # (B, CLIP's L, W) CLIP's hidden states; (B, 0): unread
 
     def map(self, f):
         """f of each tensor."""

@@ -327,7 +327,7 @@ class Decoder(nn.Module):
 
         index is best on the CPU, where the table of `to_eps` is.
         """
-        out = self.unet(x_t, index.to(x_t.device, non_blocking=True), *self.condition(z_i, text))
+        out = self.unet(x_t, diffusion.to_device(index, x_t.device), *self.condition(z_i, text))
         return to_eps(self.config, self.alphabar, out, x_t, index.cpu() + 1)
 
     def loss(self, x0, z_i, text, share=(0, 1)):
@@ -622,7 +622,7 @@ class Upsampler(nn.Module):
         """x_t (B, 3, H, W), index (B,) = t - 1, low (B, 3, H / 4, W / 4) -> eps (and v)."""
         large = enlarge(low, x_t.shape[2]).to(x_t.dtype)                       # (B, 3, H, W)
         out = self.unet(torch.cat([x_t, large], dim=1),
-                        index.to(x_t.device, non_blocking=True))               # (B, out, H, W)
+                        diffusion.to_device(index, x_t.device))                # (B, out, H, W)
         return to_eps(self.config, self.alphabar, out, x_t, index.cpu() + 1)
 
     def prepare(self, high, crops=1, share=(0, 1)):

@@ -227,10 +227,10 @@ def analytic_var(alphabar, t, s, cov):
 
 
 def to_device(x, device):
-    """x, there; a GPU is not waited for, if what goes to it comes from pinned memory."""
+    """x on that device. What goes to a GPU is pinned first, so that nobody waits for the copy."""
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def _draw(x, generator):
@@ -405,8 +405,8 @@ def ddim_invert_step(alphabar, x_t, t, u, x0):
 
 def _x0_and_v(alphabar, out, x_t, t, predicts, clamp):
     """Split a prediction: x0, clamped if asked, and v, which says the variance (None if absent)."""
-    B, C, *rest = x_t.shape
-    if out.shape not in ((B, C, *rest), (B, 2 * C, *rest)):
+    wide = [n * (1 + (axis == 1)) for axis, n in enumerate(x_t.shape)]
+    if [*out.shape] not in ([*x_t.shape], wide):
         raise ValueError(f"expected a prediction like x_t {tuple(x_t.shape)}, or twice as wide on "
                          f"axis 1 (with v), got {tuple(out.shape)}")
     out, v = (out, None) if out.shape == x_t.shape else out.chunk(2, dim=1)

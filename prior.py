@@ -2,9 +2,9 @@
 
 Two answers to the same question, with the same interface (`loss` to train, `sample` to use):
 
-    DiffusionPrior   noise -> z_i in 64 steps, by a causal Transformer that predicts z_i itself
-    ARPrior          z_i as a sentence: its principal components, each rounded to one of 1024 codes,
-                     word by word
+    DiffusionPrior   noise -> z_i in 64 steps (toy: 16), by a causal Transformer that predicts z_i
+    ARPrior          z_i as a sentence, word by word: its principal components, each rounded to one
+                     of 1024 codes (toy: 64)
 
 Both take a clip.Text (the caption's tokens, and CLIP's embedding z_t of it) and return unit rows
 (Karlo's: rows as long as CLIP's).
@@ -336,7 +336,7 @@ class ARPrior(nn.Module):
         return self.out(self.ln_out(x))
 
     def start(self, z_t, dot):
-        """The first two tokens: z_t (B, D), its elements of variance 1, dot (B,) -> (B, 2, W)."""
+        """The first two tokens: z_t (B, D), brought to length sqrt(D), dot (B,) -> (B, 2, W)."""
         z_t = (unit(z_t) * math.sqrt(self.config.embed_dim)).to(self.pos.dtype)
         return torch.stack([self.text_in(z_t), self.dot(dot)], dim=1) + self.pos[:2]
 
@@ -454,15 +454,18 @@ def demo(steps=64):
     part, text = model.parts["diffusion_prior"], model.encode_text(captions)
     mine = text.map(lambda x: x[:1])
     denoise, times = part.denoiser(mine), diffusion.spaced_timesteps(part.config.T, steps)
-    print(f"sampling z_i for {captions[0]!r}\ncosine of the predicted z_i to the captions' z_t:")
-    print(" " * 9 + "".join(f"{words:>26.24}" for words in captions))
+    print(f"sampling z_i for {captions[0]!r}; how near is it to what CLIP makes of\n")
+    print("\n".join(f"    {k}  {words}" for k, words in enumerate(captions, start=1)))
+    print(f"\ncosine of x_t to {1:6}{'':19}{2:6}{3:6}{4:6}        of the z_i to expect: 1, 2, 3, 4")
 
     def watch(x_t, t):
         x0 = denoise(x_t, t)
         if times.index(t) % 7 == 0:
-            cosines = (unit(part.unscale(x0)) @ unit(text.z_t).T)[0].tolist()
-            print(f"t = {t:4d} " + "".join(f"{'#' * round(14 * max(0, c)):>19} {c:6.2f}"
-                                           for c in cosines))
+            at, expected = ((unit(part.unscale(x)) @ unit(text.z_t).T)[0].tolist()
+                            for x in (x_t, x0))
+            print(f"t = {t:4d}         {at[0]:6.2f} {'#' * round(18 * max(0, at[0])):18}"
+                  + "".join(f"{c:6.2f}" for c in at[1:]) + " " * 8
+                  + "".join(f"{c:6.2f}" for c in expected))
         return x0
 
     x = torch.randn(1, part.config.embed_dim, generator=torch.Generator().manual_seed(0))

@@ -636,8 +636,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal, so that all directions are learnt at one pace.
 
     As torch.optim.Muon with adjust_lr_fn="match_rms_adamw" (Liu et al. 2025), but matrices of one
-    size go through Newton-Schulz together: on the toy's decoder a step takes half of the time
-    (tests/compare_speed.py). A convolution is a matrix too, with a row for each output.
+    size go through Newton-Schulz together: on the toy's decoder a step takes at most half of
+    the time (tests/compare_speed.py). A convolution is a matrix too, with a row for each output.
     """
 
     def __init__(self, weights, lr=1e-3, weight_decay=0.0, momentum=0.95):

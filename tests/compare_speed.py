@@ -201,8 +201,8 @@ def compare(ways, runs):
     return rows
 
 
-SWITCHES = ("as it is", "weights contiguous", "explicit softmax", "AdamW not fused", "not foreach",
-            "compile", "recompute", "bf16")
+SWITCHES = ("as it is", "weights contiguous", "explicit softmax", "AdamW not fused",
+            "neither fused nor foreach", "compile", "recompute", "bf16")
 
 
 def compare_switches(name, runs):
@@ -218,8 +218,8 @@ def compare_switches(name, runs):
             unclip.compile_blocks(part)
         dtype = torch.bfloat16 if switch == "bf16" else torch.float32
         loss = unclip.training_loss(name, part, 16, "cpu")
-        ways[switch] = (other_step(part, loss, foreach="fused" in switch) if "not" in switch else
-                        unclip.training_step(part, loss, "cpu", dtype))
+        ways[switch] = (other_step(part, loss, foreach="nor foreach" not in switch)
+                        if "fused" in switch else unclip.training_step(part, loss, "cpu", dtype))
     ways["explicit softmax"] = with_softmax(ways["explicit softmax"])
     return medians(ways, runs)
 
@@ -367,8 +367,8 @@ def measure(runs, with_diffusers):
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     found = {"machine": unclip.machine("cpu"), "threads": torch.get_num_threads(),
              "torch": torch.__version__, "date": datetime.date.today().isoformat(), "runs": runs,
-             "other programs": "what ran beside it cannot be known; programs that wanted a core "
-                               f"in the minute before: {'?' if load is None else f'{load:.1f}'}",
+             "other programs": "load average in the minute before: "
+                               f"{'unknown' if load is None else f'{load:.1f}'}",
              "rows": [], "steps of training": {}}
     compared = [("U-Net of the toy's decoder, batch 16", networks(toy.decoder.unet, 16)),
                 ("U-Net of upsampler 1, batch 4", networks(toy.upsampler1.unet, 4)),
@@ -458,7 +458,9 @@ def summary(found):
         if name not in ("ours", "product"):
             ratios = [row["seconds"][name] / row["seconds"]["ours"] for row in rows
                       if name in row["seconds"]]
-            parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} times as fast as {name}")
+            slower = sum(ratio < 1 for ratio in ratios)
+            parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} times as fast as {name} (slower "
+                         f"in {slower} of {len(ratios)})")
     shares = [share_of(row, found) for row in rows]
     return (f"Our U-Nets were {', '.join(parts)}, and reached {min(shares):.0f} to "
             f"{max(shares):.0f} % of what a matrix product reaches.")

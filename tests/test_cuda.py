@@ -108,7 +108,9 @@ def test_a_step_of_training_at_full_size(name):
     assert all(w.isfinite().all() for w in part.parameters())
     assert any(w.any() for w in zeros), "the step moved nothing"
     step()                                               # with Adam's averages there
-    assert torch.cuda.max_memory_allocated() < 141e9
+    counted = unclip.count(name, unclip.PARTS[name], config, argparse.Namespace(
+        preset="paper", batch=2, train=True, recompute=True), torch.float32)[5]
+    assert torch.cuda.max_memory_allocated() < counted + 4 * size, "and copies in bf16"
 
 
 @pytest.mark.skipif(ROOM < 100e9, reason="needs 100 GB")
@@ -116,10 +118,15 @@ def test_eight_pictures_of_1024_pixels_are_enlarged_at_once():
     """Tensors of more than 2^31 numbers."""
     with torch.device("cuda"):
         part = unclip.PARTS["upsampler2"](unclip.paper().upsampler2).eval().to(torch.bfloat16)
+    for w in part.parameters():
+        if not w.any():
+            torch.nn.init.normal_(w, std=0.02)
+    part = unclip.channels_last(part)
     low = torch.rand(8, 3, 256, 256, device="cuda") * 2 - 1
-    x = unclip.channels_last(part).sample(low, steps=1)
-    one = part.sample(low[7:], steps=1)                  # other noise: its mean must agree
-    assert x.isfinite().all() and (x[7].mean() - one.mean()).abs() < 0.1
+    x = torch.randn(8, 3, 1024, 1024, device="cuda")
+    with torch.no_grad():
+        all_eight, last = part.denoiser(low)(x, 500), part.denoiser(low[7:])(x[7:], 500)
+    assert (all_eight[7:] - last).abs().max() < 0.05 * last.abs().max()
 
 
 def test_the_toy_trains(tmp_path):

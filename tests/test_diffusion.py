@@ -107,6 +107,8 @@ def test_a_prediction_of_another_shape_is_refused(shape):
     alphabar = diffusion.cosine_alphabar(10)
     with pytest.raises(ValueError, match=r"expected a prediction like x_t \(2, 3, 4, 4\)"):
         diffusion.sample(lambda x, t: torch.zeros(shape), alphabar, torch.zeros(2, 3, 4, 4), [5])
+    x = diffusion.sample(lambda x, t: x, alphabar, torch.ones(4), [5, 10], predicts="x0", eta=0.0)
+    assert x.shape == (4,), "numbers are data, too"
 
 
 def test_the_time_embedding_tells_every_time_apart():

@@ -184,7 +184,8 @@ def test_the_time_path_is_not_one_linear_map_and_rows_are_times(model, monkeypat
     a, b = torch.tensor([10]), torch.tensor([700])
     x = rand(2, D)
     both = model.suffix(x, torch.tensor([10, 700]))
-    assert torch.allclose(model.suffix(x[:1], a)[0], both[0], atol=1e-6), "time along the batch axis?"
+    one = model.suffix(x[:1], a)[0]
+    assert torch.allclose(one, both[0], atol=1e-6), "time along the batch axis?"
     assert not torch.allclose(model.suffix(x[:1], a), model.suffix(x[:1], b))
     monkeypatch.setattr(diffusion, "sinusoid", lambda index, width: index)
 
