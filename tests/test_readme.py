@@ -196,6 +196,13 @@ def test_the_plain_layout_says_the_same_and_takes_as_much_work():
     assert work == counter.get_total_flops(), "is attention's fast kernel left out?"
 
 
+@pytest.mark.parametrize("name", ["decoder", "diffusion_prior"])
+def test_the_ways_to_do_a_step_of_sampling_agree(name):
+    with torch.no_grad():
+        ours, again, two = (step() for step in compare_speed.steps_of_sampling(name, 2).values())
+    assert torch.allclose(ours, again) and torch.allclose(ours[:, :3], two[:, :3], atol=1e-5)
+
+
 @pytest.mark.slow
 def test_the_unet_of_diffusers_says_the_same_with_the_same_weights():
     pytest.importorskip("diffusers")
