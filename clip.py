@@ -651,6 +651,13 @@ def read_picture(path):
         return ImageOps.exif_transpose(picture).convert("RGB")
 
 
+def expect_pixels(x, fits, shape):
+    """ValueError unless x fits the shape, as the caller found, and lies in [-1, 1]."""
+    if not fits or x.abs().max() > 1:
+        raise ValueError(f"expected {shape} in [-1, 1], got {tuple(x.shape)} in "
+                         f"[{x.min():g}, {x.max():g}]; from 0..255: x / 127.5 - 1")
+
+
 def preprocess(picture, size):
     """Any picture as CLIP was shown its own: short side to `size`, bicubic; the middle of the rest.
 
@@ -660,9 +667,8 @@ def preprocess(picture, size):
     if not torch.is_tensor(picture):
         picture = picture if isinstance(picture, Image.Image) else read_picture(picture)
         picture = picture.convert("RGB")
-    elif picture.ndim != 3 or len(picture) != 3 or picture.abs().max() > 1:
-        raise ValueError(f"expected a picture (3, H, W) in [-1, 1], got {tuple(picture.shape)} in "
-                         f"[{picture.min():g}, {picture.max():g}]; from 0..255: x / 127.5 - 1")
+    else:
+        expect_pixels(picture, picture.ndim == 3 and len(picture) == 3, "a picture (3, H, W)")
     H, W = picture.shape[1:] if torch.is_tensor(picture) else reversed(picture.size)
     h, w = size * H // min(H, W), size * W // min(H, W)            # the short one is `size`
     if torch.is_tensor(picture):

@@ -346,11 +346,8 @@ class UnCLIP:
     def encode_image(self, pictures):
         """Pictures (B, 3, S, S) in [-1, 1] of any size S -> z_i (B, D).   ValueError for others."""
         self.expect_image_encoder()
-        if (pictures.ndim != 4 or pictures.shape[2] != pictures.shape[3]
-                or pictures.abs().max() > 1):
-            raise ValueError("expected square pictures (B, 3, S, S) in [-1, 1], got "
-                             f"{tuple(pictures.shape)} in [{pictures.min():g}, "
-                             f"{pictures.max():g}]; from 0..255: x / 127.5 - 1")
+        square = pictures.ndim == 4 and pictures.shape[2] == pictures.shape[3]
+        clip.expect_pixels(pictures, square, "square pictures (B, 3, S, S)")
         size = self.config.clip.image_size
         x = F.interpolate(pictures.to(self.device), (size, size), mode="bicubic", antialias=True)
         with self.at_work("clip") as model:

@@ -471,6 +471,10 @@ def run(args):
         raise ValueError("--diffusers and --karlo compare with diffusers, which is not installed "
                          "and not one of our five packages; do `pip install diffusers`, or leave "
                          "it out")
+    others = args.device != "cpu" or args.dtype != "fp32" or args.batch != 1 or args.compile
+    if others and not args.karlo:
+        raise ValueError("--device, --dtype, --batch and --compile belong to --karlo; add it, or "
+                         "leave them out")
     if args.karlo:
         found = compare_karlo(args)
         if args.json:

@@ -218,6 +218,12 @@ def test_compare_speed_says_in_a_sentence_that_diffusers_is_missing(monkeypatch,
     assert end.value.code == 2 and said.startswith("error: --diffusers") and said.count("\n") == 1
 
 
+def test_compare_speed_refuses_what_it_would_not_use(capsys):
+    with pytest.raises(SystemExit) as end:
+        compare_speed.main(["--batch", "4"])
+    assert end.value.code == 2 and "belong to --karlo" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["candidates", "enlarging"])
 def test_an_experiment_is_measured(name, tmp_path, monkeypatch, capsys):
@@ -233,7 +239,7 @@ def test_an_experiment_is_measured(name, tmp_path, monkeypatch, capsys):
 def test_the_example_in_python_runs(monkeypatch, tmp_path):
     [example] = re.findall(r"```python\n(.*?)```", README, re.S)
     for method in (unclip.UnCLIP.variations, unclip.UnCLIP.text_diff):
-        monkeypatch.setitem(method.__kwdefaults__, "steps", 4)               # 250 take too long here
+        monkeypatch.setitem(method.__kwdefaults__, "steps", 4)              # 250 take too long here
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").symlink_to(ROOT / "weights")
     exec(example, {})
