@@ -1,49 +1,335 @@
-"""unCLIP, the whole stack: caption -> image embedding -> small picture -> larger -> large.
+"""unCLIP, the whole stack: caption -> image embedding -> small image -> larger -> large.
 
     python unclip.py sample "a small red circle above a large blue square"
 
-The flow of one caption through the chapters (paper: Ramesh et al. 2022, fig. 2):
+The way of one caption through the chapters (Ramesh et al. 2022, fig. 2; "sec." is this paper's):
 
-    caption --tokenizer--> tokens --CLIP text encoder--> z_t, states                    clip.py
-            --prior--> z_i, the embedding of a picture nobody has seen                  prior.py
+    caption --tokenizer--> tokens --CLIP text encoder--> z_t                            clip.py
+            --prior--> z_i, the embedding of an image nobody has seen                   prior.py
             --decoder--> 64 px (toy: 16)                                                decoder.py
             --upsampler1--> 256 px (toy: 64) --upsampler2--> 1024 px (toy: 256)         decoder.py
 """
 import os
 
-# Before torch is imported: idle threads spin for a moment, then sleep. If they spin on, two
-# processes on two cores can be 30 times slower; if they never spin, training is a third slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle threads sleep, so that
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")        # two processes do not slow each other down
 
 import argparse
-import contextlib
 import copy
-import datetime
-import gc
-import json
 import math
-import platform
+import secrets
 import sys
 import time
-import weakref
-from dataclasses import asdict, dataclass, field, replace
+import typing
+import zipfile
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import clip
 import decoder
 import diffusion
 import prior
+from clip import open_image
 
-torch.backends.cudnn.allow_tf32 = False     # float32 is float32 on a GPU, too: a seed, a picture
+# ---------------------------------------------------------------- caption -> image
+
+
+class UnCLIP:
+    """The parts of a stack, and what they do together.
+
+    parts      name (see PARTS) -> module, or None where the stack has no such part
+    tokenizer  a clip.Tokenizer, or None as long as nothing was trained
+    words      the words of the training captions, or () if unknown (public weights)
+    """
+
+    def __init__(self, config, parts, tokenizer=None, words=()):
+        limits = {c.context for c in (config.diffusion_prior, config.ar_prior, config.decoder) if c}
+        if len(limits) > 1 or config.decoder.context < config.clip.context:
+            raise ValueError(f"expected one context for priors and decoder, at least CLIP's "
+                             f"{config.clip.context} tokens, got {sorted(limits)}")
+        self.config, self.parts, self.tokenizer, self.words = config, parts, tokenizer, tuple(words)
+        weights = (w for part in parts.values() if part is not None for w in part.parameters())
+        self.device, self.low_memory = next(weights).device, False               # see `part`
+
+    @torch.no_grad()
+    def sample(self, captions, *, prior="diffusion", guidance=None, prior_guidance=None,
+               prior_steps=None, decoder_steps=None, upsampler_steps=None, candidates=None,
+               rerank=None, generator=None, progress=True):
+        """B captions, or one string -> images (B, 3, H, W) in [-1, 1].
+
+        guidance          classifier-free guidance of the decoder: 1 is none, 3 is strong
+        candidates        embeddings drawn by the diffusion prior for each image; the best is kept
+        upsampler_steps   one number for each upsampler
+        rerank            small images drawn for each caption; the one CLIP likes best is enlarged
+        generator         the source of all randomness: equal seeds, equal images, on any device.
+                          A list has one for each image, which then does not depend on the others.
+        What is None is as `config.sampling` has it.
+        """
+        captions = [captions] if isinstance(captions, str) else captions
+        n = self.setting("rerank", rerank)
+        self.check(len(captions), prior, generator, upsampler_steps, rerank=n, guidance=guidance,
+                   prior_guidance=prior_guidance, prior_steps=prior_steps, candidates=candidates,
+                   decoder_steps=decoder_steps)
+
+        text = self.encode_text([caption for caption in captions for _ in range(n)])
+        z_i = self.sample_prior(text, prior, prior_guidance, prior_steps, candidates, generator,
+                                progress)
+        small = self.sample_decoder(z_i, text, guidance, decoder_steps, generator, progress)
+        small = self.rerank(small, captions, keep=1) if n > 1 else small
+        return self.upsample(small, upsampler_steps, generator, progress)
+
+    @torch.no_grad()
+    def encode_text(self, captions):
+        """B captions, or one string -> clip.Text.   ValueError if one is empty or too long."""
+        captions = [captions] if isinstance(captions, str) else captions
+        if not captions or not all(map(clip.clean, captions)):
+            raise ValueError(f"expected captions with some text, got {captions}")
+        if self.tokenizer is None:
+            raise ValueError("this stack has fresh weights and no tokenizer; load trained weights")
+
+        # priors and decoder have room for L tokens: the rest is padding
+        tokens = self.tokenizer(captions, self.config.clip.context)              # (B, CLIP's L)
+        mask = clip.token_mask(tokens, self.tokenizer.end)                       # (B, CLIP's L)
+        z_t, states = self.part("clip").encode_text(tokens.to(self.device))      # (B, D), (B, ., W)
+        longer = self.config.decoder.context - tokens.shape[1]
+        tokens, mask = (F.pad(x, (0, longer)).to(self.device) for x in (tokens, mask))   # (B, L)
+        return clip.Text(tokens, mask, z_t, states)
+
+    def sample_prior(self, text, which="diffusion", guidance=None, steps=None, candidates=None,
+                     generator=None, progress=False):
+        """Text -> z_i (B, D), by the "diffusion" or the "ar" prior.   Sec. 2.2"""
+        self.check(1, which, upsampler_steps=(), prior_guidance=guidance, prior_steps=steps,
+                   candidates=candidates)
+        more = {} if which == "ar" else {"steps": self.setting("prior_steps", steps),
+                                         "candidates": self.setting("candidates", candidates)}
+        z_i = self.part(f"{which}_prior").sample(
+            text, guidance=self.setting("prior_guidance", guidance), generator=generator,
+            progress="prior" if progress else None, **more)
+        return expect_finite(z_i, f"the {which} prior")
+
+    def sample_decoder(self, z_i, text, guidance=None, steps=None, generator=None, progress=False,
+                       **known):
+        """z_i (B, D), text -> small images (B, 3, h, h) in [-1, 1].   Sec. 2.1"""
+        x = self.part("decoder").sample(
+            z_i, text, self.setting("decoder_steps", steps), self.setting("guidance", guidance),
+            generator, "images" if progress else None, **known)
+        return expect_finite(x, "the decoder")
+
+    def upsample(self, x, steps=None, generator=None, progress=False):
+        """The decoder's (B, 3, h, h) -> (B, 3, H, H), both in [-1, 1]. steps: see `sample`."""
+        bar = "upsampling" if progress else None
+        for i, n in enumerate(self.setting("upsampler_steps", steps), start=1):
+            x = self.part(f"upsampler{i}").sample(x, n, generator, bar)
+            expect_finite(x, f"upsampler{i}")
+        return x
+
+    def rerank(self, images, captions, keep):
+        """Of N images of each caption the `keep` nearest to it by CLIP, best first. DALL-E sec. 2.6
+
+        images (B N, 3, H, W), N in a row for each of B captions -> (B keep, 3, H, W).
+        """
+        z_t = clip.unit(self.encode_text(captions).z_t)                          # (B, D)
+        z_i = clip.unit(self.encode_image(images)).unflatten(0, (len(z_t), -1))  # (B, N, D)
+        best = (z_i * z_t[:, None]).sum(2).topk(keep, dim=1).indices             # (B, keep)
+        images = images.unflatten(0, (len(z_t), -1))                             # (B, N, 3, H, W)
+        return torch.cat([own[i] for own, i in zip(images, best)])
+
+    @torch.no_grad()
+    def encode_image(self, images):
+        """Square images (B, 3, S, S) in [-1, 1] of any size -> z_i (B, D)."""
+        self.expect_parts("CLIP image encoder")
+        square = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]
+        if not square or not images.abs().max() <= 1:
+            raise ValueError(f"expected square images (B, 3, S, S) in [-1, 1], got {images.shape} "
+                             f"in [{images.min():g}, {images.max():g}]; from 0..255: x / 127.5 - 1")
+        x = resize(images.to(self.device), self.config.clip.image_size)
+        return self.part("clip").encode_image(x)                                 # (B, D)
+
+    # ---- parts, settings and what cannot be meant
+
+    def part(self, name):
+        """The part, on the device; with low_memory all others wait on the CPU."""
+        self.expect_parts(name)
+        part = self.parts[name]
+        if self.low_memory:
+            for other in self.parts.values():
+                if other not in (None, part):
+                    other.to("cpu")
+            part.to(self.device)
+        return part
+
+    def expect_parts(self, *names):
+        """ValueError that names the first part that these weights do not hold."""
+        there = self.parts | {"CLIP image encoder": self.parts["clip"] and self.parts["clip"].image}
+        for name in names:
+            if there.get(name) is None:
+                raise ValueError(f"these weights hold no {name}; train it, or load others "
+                                 "(--weights, --clip)")
+
+    def setting(self, name, given):
+        """What was given, or else what the weights bring."""
+        return getattr(self.config.sampling, name) if given is None else given
+
+    def check(self, B, prior=None, /, generator=None, upsampler_steps=None, **given):
+        """ValueError for what cannot be meant, before minutes of drawing B images by this prior."""
+        steps = self.setting("upsampler_steps", upsampler_steps)
+        n = len(self.config.sampling.upsampler_steps)
+        if not isinstance(steps, (tuple, list)) or len(steps) not in (0, n):
+            raise ValueError(f"expected {n} upsampler_steps, one for each upsampler, got {steps}")
+        for name, value in [*given.items(), *(("upsampler_steps", k) for k in steps)]:
+            if name not in RANGES:
+                raise TypeError(f"there is no option {name!r}; expected {', '.join(RANGES)}")
+            if value is not None:
+                RANGES[name](value)
+
+        if isinstance(generator, (list, tuple)) and len(generator) != B:
+            raise ValueError(f"expected {B} generators, one for each image, got {len(generator)}")
+        if prior not in (None, "diffusion", "ar"):
+            raise ValueError(f'expected the prior "diffusion" or "ar", got {prior!r}')
+        if prior == "ar" and (given.get("prior_steps") or given.get("candidates")):
+            raise ValueError("the AR prior has no prior_steps and no candidates; leave them out")
+        self.expect_parts(*[f"{prior}_prior"] * bool(prior),
+                          *["CLIP image encoder"] * (given.get("rerank", 1) > 1),
+                          *[f"upsampler{i + 1}" for i in range(len(steps))])
+
+    # ---- sec. 3: what one can do with an image once it is an embedding, and noise
+
+    def latent(self, images, steps=250, progress=False):
+        """The bipartite latent of images (B, 3, S, S): z_i (B, D), x_T (B, 3, h, h).   Sec. 3
+
+        z_i is what CLIP sees in an image; x_T is all the rest that it takes to draw it again.
+        """
+        z_i, size = self.encode_image(images).float(), self.config.decoder.unet.size
+        part, x = self.part("decoder"), F.interpolate(images, (size, size), mode="area")
+        z_i, bar = part.scale(z_i), "inverting" if progress else None
+        return z_i, part.invert(x.to(self.device), z_i, self.no_caption(len(x)), steps, bar)
+
+    def decode_latent(self, z_i, x_T, *, eta=0.0, guidance=1.0, steps=250, upsampler_steps=None,
+                      generator=None, progress=False):
+        """The way back -> images (B, 3, H, H) in [-1, 1]; with eta = 1 little of x_T is left."""
+        x = self.part("decoder").decode_latent(z_i, x_T, self.no_caption(len(z_i)), steps, eta,
+                                               guidance, generator, "images" if progress else None)
+        return self.upsample(expect_finite(x, "the decoder"), upsampler_steps, generator, progress)
+
+    def no_caption(self, B):
+        """The null condition, B rows: for images drawn from an embedding alone."""
+        L, D = self.config.decoder.context, self.config.clip.embed_dim
+        tokens = torch.zeros(B, L, dtype=torch.long, device=self.device)
+        z_t = torch.zeros(B, D, device=self.device)
+        return self.part("decoder").null(clip.Text(tokens, tokens.bool(), z_t, z_t[:, :0]))
+
+    def variations(self, image, n=8, eta=0.2, *, steps=250, progress=False, **options):
+        """n images that share what CLIP sees in one (see `open_image`): (n, 3, H, H).   Sec. 3.1
+
+        The latent is kept; DDIM adds noise on its way, more with a larger eta in [0, 1].
+        options, here and below: guidance, upsampler_steps, generator as in `decode_latent`.
+        """
+        self.check(n, n=n, eta=eta, steps=steps, **options)
+        z_i, x_T = self.latent(open_image(image)[None], steps, progress)
+        return self.decode_latent(z_i.expand(n, -1), x_T.expand(n, -1, -1, -1), eta=eta,
+                                  steps=steps, progress=progress, **options)
+
+    def interpolate(self, a, b, n=8, *, noise="slerp", steps=250, progress=False, **options):
+        """n images on the way from a to b (see `open_image`): (n, 3, H, H).   Sec. 3.2
+
+        z_i is turned from a's to b's. noise: "slerp" turns x_T too, so the ends are a and b again;
+        "fixed" draws one x_T for all, so only what CLIP sees changes (the paper's fig. 4).
+        """
+        if noise not in ("slerp", "fixed"):
+            raise ValueError(f'expected noise "slerp" or "fixed", got {noise!r}')
+        self.check(n, n=n, steps=steps, **options)
+        z_a, x_a = self.latent(open_image(a)[None], steps, progress)
+        z_b, x_b = self.latent(open_image(b)[None], steps, progress)
+
+        fraction = torch.linspace(0, 1, n, device=self.device)[:, None]          # (n, 1)
+        if noise == "slerp":
+            x_T = slerp(x_a.flatten(1), x_b.flatten(1), fraction).unflatten(1, x_a.shape[1:])
+        else:
+            first = options.get("generator")
+            first = first[0] if isinstance(first, (list, tuple)) else first
+            x_T = diffusion.noise_like(x_a, first).expand(n, -1, -1, -1)
+        return self.decode_latent(slerp(z_a, z_b, fraction), x_T, steps=steps, progress=progress,
+                                  **options)
+
+    def text_diff(self, image, source, target, n=8, strength=0.4, *, steps=250, progress=False,
+                  **options):
+        """Edit an image: what it shows (source), what it shall show (target).   Sec. 3.3
+
+            z_d = unit(z_t - z_t0),  z = slerp(z_i, z_d, theta),  theta = 0 ... strength; x_T stays
+        -> (n, 3, H, H), from the image itself to the full edit; n = 1 is the full edit.
+        strength: the fraction of the angle between z_i and z_d; the paper's is 0.25 to 0.5.
+        """
+        self.check(n, n=n, strength=strength, steps=steps, **options)
+        z_t0, z_t = clip.unit(self.encode_text([source, target]).z_t.float()).split(1)   # (1, D)
+        if (z_t - z_t0).norm() < 1e-6:
+            raise ValueError(f"expected two different captions, got {source!r} and {target!r}")
+        z_i, x_T = self.latent(open_image(image)[None], steps, progress)
+
+        theta = torch.linspace(0, strength, max(2, n), device=self.device)[-n:, None]    # (n, 1)
+        z = slerp(z_i, clip.unit(z_t - z_t0) * z_i.norm(), theta)                        # (n, D)
+        return self.decode_latent(z, x_T.expand(n, -1, -1, -1), steps=steps, progress=progress,
+                                  **options)
+
+    def inpaint(self, image, mask, caption, n=4, *, guidance=None, steps=None, upsampler_steps=None,
+                generator=None, progress=False):
+        """n images (n, 3, H, H) that keep the image where the mask is black.   RePaint
+
+        What is white is drawn anew, as the caption asks. mask: a path, a PIL image or (S, S) in
+        0..1. The decoder inpaints the small image; a small pixel counts as known if all of it is.
+        """
+        self.check(n, "diffusion", generator, upsampler_steps, n=n, guidance=guidance, steps=steps)
+        image, hole = open_image(image)[None].to(self.device), open_mask(mask).to(self.device)
+        if image.shape[2:] != hole.shape[2:] or not hole.any():
+            raise ValueError(f"expected a mask of the image's {image.shape[2]} px with something "
+                             f"white, to be drawn anew, got one of {hole.shape[2]} px")
+        text = self.encode_text([caption] * n)
+        z_i = self.sample_prior(text, generator=generator, progress=progress)    # (n, D)
+
+        def at(size):
+            known = F.interpolate(hole, (size, size), mode="area") == 0
+            return resize(image, size).expand(n, -1, -1, -1), known.expand(n, -1, -1, -1)
+
+        # the decoder keeps what is known of the small image, and what is known of the large returns
+        small, known = at(self.config.decoder.unet.size)
+        x = self.sample_decoder(z_i, text, guidance, steps, generator, progress, known=small,
+                                mask=known)
+        x = self.upsample(x, upsampler_steps, generator, progress)
+        image, known = at(x.shape[2])                                            # (n, ., H, H)
+        return torch.where(known, image, x)
+
+    def save(self, path, dtype=None):
+        """One file with all that `load` needs. dtype: of the weights in it, not of buffers."""
+        parts, weights = {name: part for name, part in self.parts.items() if part is not None}, {}
+        for name, part in parts.items():
+            learnt = {key for key, _ in part.named_parameters()}
+            weights[name] = {key: w.detach().cpu().to(dtype if dtype and key in learnt else w.dtype)
+                             for key, w in part.state_dict().items()}
+        config = replace(self.config, **{name: part.config for name, part in parts.items()})
+        content = {"format": FORMAT, "config": asdict(config), "weights": weights,
+                   "classes": {name: type(part).__name__ for name, part in parts.items()},
+                   "tokenizer": self.tokenizer and self.tokenizer.state(),
+                   "words": list(self.words)}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: torch.save(content, file))
+
+
+def slerp(a, b, fraction):
+    """Along the arc from a (0) to b (1), vectors on the last axis; fraction broadcasts, (n, 1).
+
+        sin((1 - f) W) / sin W a + sin(f W) / sin W b,       W the angle between a and b
+    Where a and b point the same or opposite ways it is a straight line.
+    """
+    W = F.cosine_similarity(a, b, dim=-1).clamp(-1, 1).acos()[..., None]
+    straight = W.sin().abs() < 1e-4
+    W = torch.where(straight, torch.ones_like(W), W)
+
+    arc = (((1 - fraction) * W).sin() * a + (fraction * W).sin() * b) / W.sin()
+    return torch.where(straight, (1 - fraction) * a + fraction * b, arc)
+
 
 # ---------------------------------------------------------------- presets
 
@@ -57,7 +343,7 @@ class Sampling:
     decoder_steps: int = 250
     upsampler_steps: tuple = (27, 15)
     candidates: int = 2             # image embeddings drawn, the one nearest the caption is kept
-    rerank: int = 1                 # small pictures drawn, the one CLIP likes best is enlarged
+    rerank: int = 1                 # small images drawn, the one CLIP likes best is enlarged
 
 
 @dataclass
@@ -65,10 +351,10 @@ class Config:
     """Everything that tells one stack from another. None: the stack has no such part."""
     name: str
     clip: clip.CLIPConfig
-    diffusion_prior: prior.DiffusionPriorConfig
+    diffusion_prior: prior.DiffusionPriorConfig | None
     ar_prior: prior.ARPriorConfig | None
     decoder: decoder.DecoderConfig
-    upsampler1: decoder.UpsamplerConfig
+    upsampler1: decoder.UpsamplerConfig | None
     upsampler2: decoder.UpsamplerConfig | None
     sampling: Sampling = field(default_factory=Sampling)
 
@@ -77,573 +363,203 @@ def toy():
     """Everything small: 16 -> 64 -> 256 px, trained by train_toy.py on a CPU in minutes."""
     return Config(
         "toy",
-        clip.CLIPConfig(embed_dim=64, image_size=32, patch=8, image_width=128, image_layers=3,
-                        image_heads=4, vocab_size=600, context=20, text_width=128, text_layers=3,
-                        text_heads=4, activation="gelu", pixel_mean=(1.0,) * 3,   # white is 0
-                        pixel_std=(0.33,) * 3, apart=1.0),
+        clip.CLIPConfig(embed_dim=64, context=20, activation="gelu",
+                        pixel_mean=(1.0,) * 3, pixel_std=(0.33,) * 3),           # white is 0
         prior.DiffusionPriorConfig(), prior.ARPriorConfig(),        # sizes stand in the classes
-        decoder.DecoderConfig(velocity=True), decoder.UpsamplerConfig(velocity=True),
+        decoder.DecoderConfig(predicts="v"), decoder.UpsamplerConfig(predicts="v"),
         decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, channels=16,
                                                    mults=(1, 1), groups=2),
-                                schedule="linear", corruption="bsr", velocity=True),
+                                schedule="linear", degradation="bsr", predicts="v"),
         Sampling(guidance=2.0, prior_steps=16, decoder_steps=12, upsampler_steps=(2, 2), rerank=4))
-
-
-def karlo():
-    """Karlo v1 alpha, the public unCLIP: 64 -> 256 px, over OpenAI's CLIP ViT-L/14."""
-    unet = dict(channels=320, mults=(1, 2, 3, 4), depth=3)
-    return Config(
-        "karlo",
-        clip.CLIPConfig(embed_dim=768, image_size=224, patch=14, image_width=1024, image_layers=24,
-                        image_heads=16, vocab_size=49408, context=77, text_width=768,
-                        text_layers=12, text_heads=12),
-        prior.DiffusionPriorConfig(embed_dim=768, vocab_size=0, context=77, text_width=768,
-                                   width=2048, layers=20, heads=32, whiten=True, clamp=5.0),
-        None,
-        decoder.DecoderConfig(
-            decoder.UNetConfig(size=64, attention=(32, 16, 8), context_width=1536, dropout=0.1,
-                               **unet),
-            embed_dim=768, vocab_size=0, context=77, text_width=768),
-        decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, out_channels=3,
-                                                   scale_shift=False, **unet),
-                                eta=None, last=True),
-        None,
-        Sampling(guidance=8.0, prior_guidance=4.0, prior_steps=25, decoder_steps=25,
-                 upsampler_steps=(7,), candidates=1))
 
 
 def paper():
     """Table 3 of the paper: 64 -> 256 -> 1024 px, CLIP ViT-H/16."""
+    text = dict(vocab_size=16384, context=256, embed_dim=1024)
+    deep = dict(depth=3, mults=(1, 2, 3, 4), dropout=0.1)
     return Config(
         "paper",
         clip.CLIPConfig(embed_dim=1024, image_size=256, patch=16, image_width=1280,
                         image_layers=32, image_heads=20, vocab_size=49408, context=77,
                         text_width=1024, text_layers=24, text_heads=16),
-        prior.DiffusionPriorConfig(embed_dim=1024, vocab_size=16384, context=256, width=2048,
-                                   layers=24, heads=32),
-        prior.ARPriorConfig(embed_dim=1024, components=319, buckets=1024, vocab_size=16384,
-                            context=256, text_width=2048, text_layers=24, text_heads=32,
-                            width=1664, layers=24, heads=26),
+        prior.DiffusionPriorConfig(width=2048, layers=24, heads=32, **text),
+        prior.ARPriorConfig(components=319, buckets=1024, width=1664, layers=24, heads=26,
+                            text_width=2048, text_layers=24, text_heads=32, **text),
         decoder.DecoderConfig(
-            decoder.UNetConfig(size=64, channels=512, mults=(1, 2, 3, 4), depth=3,
-                               attention=(32, 16, 8), context_width=2048, dropout=0.1),
-            embed_dim=1024, vocab_size=16384, context=256, text_width=2048, text_layers=24,
-            text_heads=32),
-        decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, channels=320,
-                                                   mults=(1, 2, 3, 4), depth=3, dropout=0.1)),
+            decoder.UNetConfig(size=64, channels=512, attention=(32, 16, 8), context_width=2048,
+                               **deep), text_layers=24, text_heads=32, **text),
+        decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, channels=320, **deep)),
         decoder.UpsamplerConfig(decoder.UNetConfig(size=1024, in_channels=6, channels=192,
                                                    mults=(1, 1, 2, 2, 4, 4), depth=2),
-                                schedule="linear", corruption="bsr"),
+                                schedule="linear", degradation="bsr"),
         Sampling(guidance=3.0))
 
 
-PRESETS = {"toy": toy(), "karlo": karlo(), "paper": paper()}
+PRESETS = {"toy": toy(), "paper": paper()}
 PARTS = {"clip": clip.CLIP, "diffusion_prior": prior.DiffusionPrior, "ar_prior": prior.ARPrior,
          "decoder": decoder.Decoder, "upsampler1": decoder.Upsampler,
          "upsampler2": decoder.Upsampler}
 
+# ---------------------------------------------------------------- build, save, load
 
-# ---------------------------------------------------------------- the stack
-
-
-class UnCLIP:
-    """The parts of a stack and what they do together.
-
-    parts      {"clip", "diffusion_prior", "ar_prior", "decoder", "upsampler1", "upsampler2"} ->
-               module, or None where the stack has no such part
-    tokenizer  a clip.Tokenizer, or None as long as nothing was trained
-    words      the words of the training captions, or () if unknown (a public checkpoint's)
-    seconds    {part: how long it was trained}, {} if unknown
-    """
-
-    def __init__(self, config, parts, tokenizer=None, words=()):
-        c = config
-        limits = {part.context for part in (c.diffusion_prior, c.ar_prior, c.decoder) if part}
-        if len(limits) > 1 or c.decoder.context < c.clip.context:
-            raise ValueError(f"expected one context for priors and decoder, at least CLIP's "
-                             f"{c.clip.context} tokens, got {sorted(limits)}")
-        self.config, self.parts, self.tokenizer, self.words = config, parts, tokenizer, tuple(words)
-        self.seconds = {}
-        self.low_memory = None           # a device: see `at_work`. None: parts stay where they are
-        self.empty_caption = None                                # see `null`
-
-    @property
-    def device(self):
-        """Where the parts work."""
-        part = next(part for part in self.parts.values() if part is not None)
-        return self.low_memory or next(part.parameters()).device
-
-    @contextlib.contextmanager
-    def at_work(self, name):
-        """`with model.at_work("decoder") as decoder:` - the part, on the device while it works.
-
-        With low_memory parts wait on the CPU, so that the largest decides the memory needed.
-        """
-        part, home = self.parts[name], None
-        if part is None:
-            raise ValueError(f"these weights hold no {name}; train it (train_toy.py --resume), or "
-                             "load others")
-        if self.low_memory is not None:
-            home = part.state_dict()                     # these tensors stay on the CPU
-            part.to(self.low_memory)
-        try:
-            yield part
-        finally:
-            if home is not None:
-                part.load_state_dict(home, assign=True)
-
-    @property
-    def sizes(self):
-        """The sides of the pictures after each stage, e.g. (16, 64, 256)."""
-        stages = [self.config.decoder, self.config.upsampler1, self.config.upsampler2]
-        return tuple(stage.unet.size for stage in stages if stage is not None)
-
-    @property
-    def context(self):
-        """L of a clip.Text: captions end at CLIP's context, the rest is padding (77 of 256)."""
-        return self.config.decoder.context
-
-    def unknown_words(self, captions):
-        """The captions' words that no training caption had, in order; () if that is unknown."""
-        known = set(self.words)
-        said = [word for text in captions for word in clip.split_words(clip.clean(text))]
-        return tuple(dict.fromkeys(word for word in said if known and word not in known))
-
-    @torch.no_grad()
-    def encode_text(self, captions):
-        """B captions, or one string -> clip.Text.   ValueError if one is empty or too long."""
-        captions = [captions] if isinstance(captions, str) else captions
-        if self.tokenizer is None:
-            raise ValueError("this stack has fresh weights and no tokenizer; load trained weights")
-        empty = [text for text in captions if not clip.clean(text)]
-        if empty or not captions:
-            raise ValueError(f"expected captions with some text, got {(empty or captions)[:1]}")
-        return self._text(captions)
-
-    def _text(self, captions):
-        tokens = self.tokenizer(captions, self.config.clip.context)              # (B, L)
-        mask = clip.token_mask(tokens, self.tokenizer.end)                       # (B, L)
-        with self.at_work("clip") as model:
-            z_t, states = model.encode_text(tokens.to(self.device))
-        tokens, mask = (F.pad(x, (0, self.context - x.shape[1])) for x in (tokens, mask))
-        return clip.Text(tokens.to(self.device), mask.to(self.device), z_t, states)
-
-    @torch.no_grad()
-    def null(self, text):
-        """What guidance knows as "no caption", a clip.Text of as many rows as text has.
-
-        All padding; or, as networks that read CLIP's states (Karlo's) were trained, the caption "".
-        """
-        if self.config.decoder.vocab_size:
-            return text.null()
-        if self.empty_caption is None:                           # one row, kept
-            self.empty_caption = self._text([""])
-        return self.empty_caption.map(
-            lambda x: x.to(self.device).expand(len(text.tokens), *x.shape[1:]))
-
-    def no_caption(self, B):
-        """B rows of a clip.Text that says nothing, for pictures drawn from an embedding alone."""
-        D, tokens = self.config.clip.embed_dim, torch.zeros(B, self.context, dtype=torch.long)
-        text = clip.Text(tokens, tokens.bool(), torch.zeros(B, D), torch.zeros(B, 0))
-        return self.null(text.map(lambda x: x.to(self.device)))
-
-    def embed(self, text, *, which="diffusion", guidance=None, steps=None, candidates=None,
-              generator=None, progress=False):
-        """The prior: text -> z_i (B, D), by the "diffusion" or the "ar" prior."""
-        s = self.config.sampling
-        guidance = s.prior_guidance if guidance is None else guidance
-        steps = s.prior_steps if steps is None else steps
-        candidates = s.candidates if candidates is None else candidates
-        if self.parts.get(f"{which}_prior") is None:
-            have = [p for p in ("diffusion", "ar") if self.parts.get(f"{p}_prior") is not None]
-            raise ValueError(f"expected one of the priors {have}, got {which!r}" if have else
-                             "these weights hold no prior, so they draw from pictures alone "
-                             "(variations, interpolate, edit)")
-        bar, null = "prior" if progress else None, self.null(text)
-        with self.at_work(f"{which}_prior") as model:
-            if which == "ar":
-                return model.sample(text, guidance=guidance, generator=generator, progress=bar)
-            return model.sample(text, steps, guidance, candidates, generator, null, bar)
-
-    def draw(self, z_i, text, *, guidance=None, decoder_steps=None, upsampler_steps=None,
-             generator=None, progress=False):
-        """The decoder and the upsamplers: z_i (B, D), text -> (B, 3, H, W) in [-1, 1]."""
-        s = self.config.sampling
-        guidance = s.guidance if guidance is None else guidance
-        steps = s.decoder_steps if decoder_steps is None else decoder_steps
-        bar, null = "pictures" if progress else None, self.null(text)
-        with self.at_work("decoder") as model:
-            x = model.sample(z_i, text, steps, guidance, generator, null, bar)
-        return self.enlarge(x, upsampler_steps, generator, progress)
-
-    def enlarge(self, x, upsampler_steps=None, generator=None, progress=False):
-        """The upsamplers: the decoder's (B, 3, h, h) -> (B, 3, H, H), both in [-1, 1]."""
-        if upsampler_steps is None:
-            upsampler_steps = self.config.sampling.upsampler_steps
-        self.expect_upsampler_steps(upsampler_steps)
-        for i, steps in enumerate(upsampler_steps, start=1):
-            if self.parts.get(f"upsampler{i}") is not None:
-                with self.at_work(f"upsampler{i}") as model:
-                    x = model.sample(x, steps, generator, "enlarging" if progress else None)
-        return x
-
-    def sample(self, captions, *, prior="diffusion", guidance=None, prior_guidance=None,
-               prior_steps=None, decoder_steps=None, upsampler_steps=None, candidates=None,
-               rerank=None, generator=None, progress=True):
-        """B captions, or one string -> pictures (B, 3, H, W) in [-1, 1].
-
-        What is None is as `config.sampling` says.
-
-        guidance          of the decoder: 1 is the plain model, 3 follows the caption more closely
-        candidates        embeddings drawn by the diffusion prior for each picture, the best is kept
-        upsampler_steps   one number for each upsampler
-        rerank            small pictures drawn for each caption, the one CLIP likes best is enlarged
-        generator         the source of all randomness: equal seeds, equal pictures, on any device
-        """
-        for name, given in {"prior_steps": prior_steps, "decoder_steps": decoder_steps,
-                            "candidates": candidates, "rerank": rerank}.items():
-            if given is not None and given < 1:                  # said before minutes of drawing
-                raise ValueError(f"expected {name} to be at least 1, got {given}")
-        if upsampler_steps is not None:
-            self.expect_upsampler_steps(upsampler_steps)
-        N = self.config.sampling.rerank if rerank is None else rerank
-        captions = [captions] if isinstance(captions, str) else captions
-        if N > 1:
-            self.expect_image_encoder()
-        text = self.encode_text([caption for caption in captions for _ in range(N)])
-        z_i = self.embed(text, which=prior, guidance=prior_guidance, steps=prior_steps,
-                         candidates=candidates, generator=generator, progress=progress)
-        small = self.draw(z_i, text, guidance=guidance, decoder_steps=decoder_steps,
-                          upsampler_steps=(), generator=generator, progress=progress)
-        small = self.rerank(small, captions, keep=1) if N > 1 else small
-        return self.enlarge(small, upsampler_steps, generator, progress)
-
-    @torch.no_grad()
-    def rerank(self, pictures, captions, keep):
-        """Of N pictures of each caption the `keep` nearest to it, says CLIP.   DALL-E sec. 2.6
-
-        pictures (B N, 3, H, W), N in a row for each of B captions -> (B keep, 3, H, W), best first.
-        """
-        text = self.encode_text(list(captions))
-        z_i = self.encode_image(pictures).unflatten(0, (len(captions), -1))      # (B, N, D)
-        score = (clip.unit(z_i) * clip.unit(text.z_t)[:, None]).sum(2)           # (B, N)
-        best = score.topk(keep, dim=1).indices                                   # (B, keep)
-        rows = best + torch.arange(len(best), device=best.device)[:, None] * z_i.shape[1]
-        return pictures[rows.flatten()]
-
-    def expect_upsampler_steps(self, steps):
-        """ValueError unless there is one number for each upsampler; () is for none of them."""
-        n = len(self.config.sampling.upsampler_steps)
-        if not isinstance(steps, (tuple, list)) or len(steps) not in (0, n):
-            raise ValueError(f"expected {n} number{'s' * (n > 1)} of upsampler steps, one for each "
-                             f"upsampler, got {steps}")
-
-    def expect_image_encoder(self):
-        if self.parts["clip"].image is None:
-            raise ValueError("these weights have no CLIP image encoder; give one with --clip")
-
-    @torch.no_grad()
-    def encode_image(self, pictures):
-        """Pictures (B, 3, S, S) in [-1, 1] of any size S -> z_i (B, D).   ValueError for others."""
-        self.expect_image_encoder()
-        square = pictures.ndim == 4 and pictures.shape[2] == pictures.shape[3]
-        clip.expect_pixels(pictures, square, "square pictures (B, 3, S, S)")
-        size = self.config.clip.image_size
-        x = F.interpolate(pictures.to(self.device), (size, size), mode="bicubic", antialias=True)
-        with self.at_work("clip") as model:
-            return model.encode_image(x.clamp(-1, 1))
-
-    # ---- sec. 3: what one can do with a picture once it is an embedding, and the noise beside it
-
-    def latent(self, pictures, steps=250, progress=False):
-        """The bipartite latent of pictures (B, 3, S, S): z_i (B, D), x_T (B, 3, h, h).   Sec. 3
-
-        z_i says what CLIP sees in a picture; x_T, all the rest that it takes to draw it again.
-        """
-        z_i = self.encode_image(pictures).float()
-        z_i = clip.unit(z_i) if self.config.decoder.vocab_size else z_i    # Karlo's decoder: as is
-        size = self.config.decoder.unet.size
-        x = F.interpolate(pictures.to(self.device), (size, size), mode="area")
-        text = self.no_caption(len(x))
-        bar, null = "inverting" if progress else None, self.null(text)
-        with self.at_work("decoder") as model:
-            return z_i, model.invert(x, z_i, text, steps, null, bar)
-
-    def decode(self, z_i, x_T, *, eta=0.0, guidance=1.0, steps=250, upsampler_steps=None,
-               generator=None, progress=False):
-        """The way back: z_i (B, D), x_T (B, 3, h, h) -> pictures (B, 3, H, H) in [-1, 1].
-
-        eta = 0 follows x_T and makes the picture again; with eta = 1 little of x_T is left.
-        """
-        text = self.no_caption(len(z_i))
-        bar, null = "pictures" if progress else None, self.null(text)
-        with self.at_work("decoder") as model:
-            x = model.decode(z_i, x_T, text, steps, eta, guidance, generator, null, bar)
-        return self.enlarge(x, upsampler_steps, generator, progress)
-
-    def variations(self, image, n=8, eta=0.2, *, guidance=1.0, steps=250, upsampler_steps=None,
-                   generator=None, progress=False):
-        """Pictures (n, 3, H, H) that share what CLIP sees in one (see `open_picture`).   Sec. 3.1
-
-        The latent is kept; DDIM adds noise on its way, more with a larger eta in [0, 1]. With the
-        default nine of ten of the toy's variations keep all that a caption would say.
-        """
-        if not 0 <= eta <= 1:                                    # said before minutes of inverting
-            raise ValueError(f"expected eta between 0 (the picture itself) and 1, got {eta}")
-        latent = self.latent(open_picture(image)[None], steps, progress)
-        z_i, x_T = (x.expand(n, *x.shape[1:]) for x in latent)
-        return self.decode(z_i, x_T, eta=eta, guidance=guidance, steps=steps, generator=generator,
-                           upsampler_steps=upsampler_steps, progress=progress)
-
-    def interpolate(self, a, b, n=8, *, noise="slerp", guidance=1.0, steps=250,
-                    upsampler_steps=None, generator=None, progress=False):
-        """n pictures on the way from a to b (see `open_picture`) -> (n, 3, H, H).   Sec. 3.2
-
-        z_i is turned from a's to b's. noise: "slerp" turns x_T too, so the ends are a and b again;
-        "fixed" draws one x_T for all, so only what CLIP sees changes (the paper's fig. 4).
-        """
-        if noise not in ("slerp", "fixed"):
-            raise ValueError(f'expected noise "slerp" or "fixed", got {noise!r}')
-        share = torch.linspace(0, 1, n, device=self.device)[:, None]           # (n, 1)
-        ends = [self.latent(open_picture(x)[None], steps, progress) for x in (a, b)]
-        z_i = diffusion.slerp(ends[0][0], ends[1][0], share)                   # (n, D)
-        size = ends[0][1].shape[1:]
-        if noise == "slerp":
-            x_T = diffusion.slerp(ends[0][1].flatten(1), ends[1][1].flatten(1), share)
-        else:
-            device = generator.device if generator else None
-            x_T = torch.randn(1, size.numel(), generator=generator, device=device).expand(n, -1)
-        return self.decode(z_i, x_T.to(self.device).unflatten(1, size), guidance=guidance,
-                           steps=steps, generator=generator, upsampler_steps=upsampler_steps,
-                           progress=progress)
-
-    def text_diff(self, image, source, target, n=8, strength=0.4, *, guidance=1.0, steps=250,
-                  upsampler_steps=None, generator=None, progress=False):
-        """Edit a picture (see `open_picture`): what it shows, what it shall show.   Sec. 3.3
-
-        z_i is turned towards the difference of the two captions, x_T kept:
-            z_d = norm(z_t - z_t0),   z = slerp(z_i, z_d, theta),   theta = 0 ... strength
-        -> (n, 3, H, H), from the picture itself to the full edit; n = 1 gives the full edit.
-        strength: the share of the angle between z_i and z_d. The paper's is 0.25 to 0.5, 45 degrees
-        if they are at right angles; in the toy they are farther apart, up to 120 degrees.
-        """
-        z_d = self.difference([source], [target])                              # (1, D)
-        z_i, x_T = self.latent(open_picture(image)[None], steps, progress)
-        z_d = z_d * z_i.norm()
-        theta = torch.linspace(0, strength, max(2, n), device=self.device)[-n:, None]     # (n, 1)
-        return self.decode(diffusion.slerp(z_i, z_d, theta), x_T.expand(n, *x_T.shape[1:]),
-                           guidance=guidance, steps=steps, generator=generator,
-                           upsampler_steps=upsampler_steps, progress=progress)
-
-    def difference(self, source, target):
-        """From captions to captions: unit(z_t(target) - z_t(source)), (B, D).
-
-        ValueError if two are equal.
-        """
-        z_t0, z_t = (clip.unit(self.encode_text(x).z_t.float()) for x in (source, target))
-        if (z_t - z_t0).norm(dim=1).min() < 1e-6:
-            raise ValueError(f"expected two different captions, got {source} and {target}")
-        return clip.unit(z_t - z_t0)
-
-    def save(self, path, dtype=None):
-        """One file with weights, configuration, tokenizer and words; loads with weights_only=True.
-
-        dtype: of the weights on disk (torch.half for the committed toy), None: as they are.
-        """
-        weights = {}
-        for name, part in self.parts.items():
-            if part is not None:
-                parameters = {key for key, _ in part.named_parameters()}
-                weights[name] = {key: w.detach().cpu().to(dtype) if dtype and key in parameters
-                                 else w.detach().cpu() for key, w in part.state_dict().items()}
-        save_atomically({"format": "unclip 1", "config": asdict(self.config), "weights": weights,
-                         "tokenizer": self.tokenizer and self.tokenizer.state(),
-                         "words": list(self.words), "seconds": self.seconds}, path)
-
-
-def save_atomically(content, path):
-    """torch.save beside the file, then rename: whatever happens, `path` is whole, old or new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    try:
-        torch.save(content, beside)
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:             # a full disk is torch's RuntimeError
-        beside.unlink(missing_ok=True)
-        raise OSError(f"could not write {path}: {error}; is the disk full?") from None
-
-
-def build_from(config, device="cpu", dtype=torch.float32):
-    """A Config -> UnCLIP with fresh weights."""
-    return UnCLIP(config, {name: None if getattr(config, name) is None else
-                           channels_last(fresh(kind, getattr(config, name), device, dtype)).eval()
-                           for name, kind in PARTS.items()})
-
-
-def fresh(kind, config, device, dtype):
-    """One part with fresh weights, never in more memory than it needs in `dtype`."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return kind(config).to(dtype)
-    finally:
-        torch.set_default_dtype(before)
+HERE = Path(__file__).resolve().parent
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORMAT = "unclip 2"
 
 
 def build(preset, device="cpu", dtype=torch.float32):
-    """A preset's name -> UnCLIP with fresh weights; device "meta" gives shapes without memory."""
-    if preset not in PRESETS:
+    """A preset's name, or a Config -> UnCLIP with fresh weights; "meta": shapes without memory."""
+    if not isinstance(preset, Config) and preset not in PRESETS:
         raise ValueError(f"expected a preset out of {', '.join(PRESETS)}, got {preset!r}")
-    return build_from(copy.deepcopy(PRESETS[preset]), device, dtype)
+    config = copy.deepcopy(preset if isinstance(preset, Config) else PRESETS[preset])
+    return UnCLIP(config, {name: build_part(kind, getattr(config, name), device, dtype)
+                           for name, kind in PARTS.items()})
 
 
-def read_checkpoint(path, kind="unclip 1"):
-    """A file of `save_atomically` -> its content.   FileNotFoundError, ValueError if it is none."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}; give another, or train with "
-                                "train_toy.py")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:           # torch raises many kinds for what is no checkpoint
-        raise ValueError(f"{path} is not a checkpoint, or is cut short "
-                         f"({type(error).__name__}); train or download it again") from None
-    if not isinstance(content, dict) or content.get("format") != kind:
-        raise ValueError(f"{path} holds no {kind!r}; make one with train_toy.py")
-    return content
-
-
-def config_from(plain):
-    """asdict's inverse: nested dicts of numbers -> Config.   ValueError for unknown settings."""
-    def make(kind, values):
-        return None if values is None else kind(**{k: tuple(v) if isinstance(v, list) else v
-                                                   for k, v in values.items()})
-
-    def with_unet(kind, values):
-        return None if values is None else make(kind, values | {"unet": make(decoder.UNetConfig,
-                                                                             values["unet"])})
-
-    try:
-        return Config(plain["name"], make(clip.CLIPConfig, plain["clip"]),
-                      make(prior.DiffusionPriorConfig, plain["diffusion_prior"]),
-                      make(prior.ARPriorConfig, plain["ar_prior"]),
-                      with_unet(decoder.DecoderConfig, plain["decoder"]),
-                      with_unet(decoder.UpsamplerConfig, plain["upsampler1"]),
-                      with_unet(decoder.UpsamplerConfig, plain["upsampler2"]),
-                      make(Sampling, plain["sampling"]))
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"the checkpoint is of another configuration: {error}") from None
+def build_part(kind, config, device="cpu", dtype=torch.float32):
+    """One part with fresh weights, or None where it has no config."""
+    if config is None:
+        return None
+    with torch.device(device):
+        part = kind(config)
+    # convolutions' weights in the memory order of a U-Net's images: no copies at every call
+    return part.to(dtype=dtype, memory_format=torch.channels_last).eval()
 
 
 def load(path, device="cpu", dtype=torch.float32, clip_path=None, low_memory=False):
     """A checkpoint file of ours, or a Karlo folder -> UnCLIP, ready to sample.
 
-    clip_path: for a Karlo folder without image encoder, a CLIP that has one (see load_karlo).
+    clip_path: for a Karlo folder without image encoder, a CLIP that has one.
     low_memory: parts wait on the CPU and come to the device one at a time.
+    Note: a class of your own comes back if the module that defines it was imported before.
     """
-    if low_memory:
-        model = load(path, "cpu", dtype, clip_path)
-        model.low_memory = torch.device(device)
-        return model
+    home = "cpu" if low_memory else device
     if Path(path).is_dir():
-        return load_karlo(path, device, dtype, clip_path)
-    if clip_path is not None:
-        raise ValueError(f"{path} has a CLIP of its own; give another only with a Karlo folder")
-    content = read_checkpoint(path)
-    model = build_from(config_from(content["config"]), "meta", dtype)
-    model.words, model.seconds = tuple(content["words"]), content["seconds"]
-    model.tokenizer = content["tokenizer"] and clip.Tokenizer.from_state(content["tokenizer"])
-    for name in [name for name, part in model.parts.items() if part is not None]:
-        if name not in content["weights"]:
-            model.parts[name] = None
-            continue
-        part = model.parts[name]
         try:
-            part.load_state_dict(content["weights"][name], assign=True)
-        except RuntimeError as error:
-            first = str(error).splitlines()[1].strip()
-            raise ValueError(f"the weights of {name} in {path} do not fit its configuration: "
-                             f"{first}") from None
-        for p in part.parameters():
-            p.data = p.data.to(dtype)
-        channels_last(part.to(device))
+            from extras import karlo                     # only public weights need extras/
+        except ModuleNotFoundError:
+            raise ValueError(f"{path} is a folder; to read it takes extras/karlo.py") from None
+        model = karlo.load_karlo(path, home, dtype, clip_path)
+    elif clip_path is not None:
+        raise ValueError(f"{path} has a CLIP of its own; give another only with a Karlo folder")
+    else:
+        model = load_checkpoint(path, home, dtype)
+    model.device, model.low_memory = torch.device(device), low_memory
     return model
 
 
-# ---------------------------------------------------------------- public checkpoints
+def load_checkpoint(path, device, dtype):
+    """A file of `UnCLIP.save` -> UnCLIP.   ValueError that names the file and the wrong entry."""
+    content, entry, parts = read_checkpoint(path), "config", dict.fromkeys(PARTS)
+    try:
+        config = config_from(Config, content["config"])
+        for entry, weights in content["weights"].items():
+            name = content["classes"][entry]             # never imported by a name out of a file
+            found = [kind for kind in family(PARTS[entry]) if kind.__name__ == name]
+            if not found:
+                raise ValueError(f"first import the module that defines {name}")
+            for key, w in weights.items():
+                if w.is_complex() or not w.isfinite().all():
+                    raise ValueError(f"{key} is complex, or not finite")
+
+            part = build_part(found[-1], getattr(config, entry), "meta", dtype)
+            part.load_state_dict(weights, assign=True)
+            for w in part.parameters():                  # buffers stay as they are
+                w.data = w.data.to(dtype)
+            parts[entry] = part.to(device, memory_format=torch.channels_last)
+
+        entry = "tokenizer"
+        tokenizer = content[entry] and clip.Tokenizer(**content[entry])
+        return UnCLIP(config, parts, tokenizer, content["words"])
+    except Exception as error:                           # whatever comes of wrong contents
+        what = " ".join(f"{'no ' * isinstance(error, KeyError)}{error}".split())[:200]
+        raise ValueError(f"{path} does not fit, see its {entry}: {what}") from None
 
 
-def load_karlo(folder, device="cpu", dtype=torch.float32, clip_path=None):
-    """A Karlo folder, as Hugging Face's diffusers keeps it -> UnCLIP.
-
-    karlo-v1-alpha (from text), or karlo-v1-alpha-image-variations (an image encoder, no prior).
-    clip_path: OpenAI's ViT-L-14.pt or a CLIP folder; its image half joins the folder's text half.
-    FileNotFoundError or ValueError, naming the file, where a part is missing or does not fit.
-    """
-    folder = Path(folder)
-    index = clip.read_json(folder / "model_index.json").get("_class_name")
-    if index not in ("UnCLIPPipeline", "UnCLIPImageVariationPipeline"):
-        raise ValueError(f"{folder / 'model_index.json'} is of a {index}; expected UnCLIPPipeline "
-                         "or UnCLIPImageVariationPipeline, a Karlo folder")
-    model = clip.load_clip(folder / "text_encoder", device, dtype)
-    if model.text is None:
-        raise ValueError(f"{folder / 'text_encoder'} holds an image encoder; is it misnamed?")
-    tokenizer = clip.Tokenizer.load(folder / "tokenizer")
-    clip.check_tokenizer(tokenizer, model.config, folder / "tokenizer")
-    if clip_path is not None or (folder / "image_encoder").is_dir():
-        add_image_encoder(model, clip_path or folder / "image_encoder", device, dtype)
-    parts = dict.fromkeys(PARTS) | {
-        "clip": model,
-        "diffusion_prior": (prior.load_karlo(folder, device, dtype)
-                            if index == "UnCLIPPipeline" else None),
-        "decoder": channels_last(decoder.load_karlo_decoder(folder, device, dtype)),
-        "upsampler1": channels_last(decoder.load_karlo_upsampler(folder, device, dtype))}
-    configs = {name: part and part.config for name, part in parts.items()}
-    configs["decoder"].context = model.config.context
-    for name in ("diffusion_prior", "decoder"):
-        c, ours = configs[name], model.config
-        if c is not None and (c.embed_dim, c.text_width, c.context) != (
-                ours.embed_dim, ours.text_width, ours.context):
-            raise ValueError(f"the {name} in {folder} was made for another text_encoder")
-    small, large = configs["decoder"].unet.size, configs["upsampler1"].unet.size
-    if large != 4 * small:
-        raise ValueError(f"{folder / 'super_res_first'} makes {large} px of {small}; expected 4 "
-                         "times as many")
-    config = Config("karlo", **configs, sampling=replace(PRESETS["karlo"].sampling))
-    return UnCLIP(config, parts, tokenizer)
+def family(kind):
+    """The class and all of its subclasses that the program has imported so far."""
+    return [kind] + [k for child in kind.__subclasses__() for k in family(child)]
 
 
-def same_space(a, b):
-    """Are two projections the same but for rounding, so that what they make can be compared?"""
-    return a.shape == b.shape and bool((a - b).norm() < 0.02 * b.norm())
+def config_from(kind, plain, name="config"):
+    """asdict's inverse -> `kind`, or the subclass of it that has just these settings."""
+    fitting = [k for k in family(kind) if {f.name for f in fields(k)} == set(plain)]
+    if not fitting:
+        wrong = {f.name for f in fields(kind)} ^ set(plain)
+        raise ValueError(f"{name} has other settings: {', '.join(sorted(wrong))}")
+
+    hints, values = typing.get_type_hints(fitting[0]), {}
+    for key, value in plain.items():
+        kinds = typing.get_args(hints[key]) or (hints[key],)
+        if isinstance(value, dict):
+            value = config_from(kinds[0], value, f"{name}.{key}")
+        if not isinstance(value, (*kinds, int) if float in kinds else kinds):
+            raise ValueError(f"{name}.{key} is {value!r}; expected {kinds[0].__name__}")
+        values[key] = value
+    return fitting[0](**values)
 
 
-def add_image_encoder(model, path, device, dtype):
-    """Give a CLIP without image encoder that of the CLIP at `path`."""
-    other = clip.load_clip(path, device, dtype)
-    c = other.config
-    if other.image is None or c.embed_dim != model.config.embed_dim:
-        raise ValueError(f"{path} has no image encoder that fits: expected a CLIP with embeddings "
-                         f"of {model.config.embed_dim} numbers")
-    if other.text is not None and not same_space(other.text.proj, model.text.proj):
-        raise ValueError(f"{path} is another CLIP than the folder's text_encoder, so its pictures "
-                         "lie elsewhere; Karlo's is ViT-L-14.pt")
-    model.image, model.logit_scale = other.image, other.logit_scale
-    model.config = replace(model.config, image_size=c.image_size, patch=c.patch,
-                           image_width=c.image_width, image_layers=c.image_layers,
-                           image_heads=c.image_heads)
+def read_checkpoint(path, kind=FORMAT):
+    """A file of torch.save -> its content.   FileNotFoundError; ValueError if it is damaged."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}; train one with train_toy.py")
+    try:
+        if zipfile.ZipFile(path).testzip():              # compares the CRC of every entry
+            raise zipfile.BadZipFile
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:               # torch raises many kinds for what is no checkpoint
+        raise ValueError(f"{path} is not a checkpoint, or is cut short or damaged "
+                         f"({type(error).__name__}); train or download it again") from None
+
+    found = content.get("format") if isinstance(content, dict) else None
+    if (kind, found) == (FORMAT, "unclip 1"):
+        return from_first_edition(content)
+    if found != kind:
+        raise ValueError(f"{path} holds no {kind!r}; make one with train_toy.py")
+    return content
 
 
-# ---------------------------------------------------------------- pictures in and out
+def from_first_edition(content):
+    """The first edition's toy in today's format. DELETE when weights/toy.pt is retrained."""
+    config, old, weights = asdict(toy()), content["config"], content["weights"]
+    for name in PARTS:
+        config[name] |= {k: old[name][k] for k in {"vocab_size", "components"} & set(old[name])}
+    del weights["diffusion_prior"]["mean"], weights["diffusion_prior"]["std"]
+    return content | {"format": FORMAT, "config": config,
+                      "classes": {name: kind.__name__ for name, kind in PARTS.items()}}
 
 
-def open_picture(picture):
-    """A file's path, a PIL image or (3, H, W) in [-1, 1] -> its middle square, (3, S, S)."""
-    if not torch.is_tensor(picture) and not isinstance(picture, Image.Image):
-        picture = clip.read_picture(picture)
-    size = picture.shape[1:] if torch.is_tensor(picture) else picture.size
-    return clip.preprocess(picture, min(size))
+def write_atomically(path, write):
+    """write(file) beside `path`, then rename: whatever happens, `path` is whole, old or new."""
+    path = Path(os.path.realpath(path))
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(beside, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:     # torch's RuntimeError hides that the disk is full
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"could not write {path}: {getattr(cause, 'strerror', cause)}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- images in and out
+
+
+def open_mask(mask):
+    """A path, a PIL image or (S, S) in 0..1 -> (1, 1, S, S), 1 where it is white, else 0."""
+    mask = mask.expand(3, *mask.shape[-2:]) * 2.0 - 1 if torch.is_tensor(mask) else mask
+    return (open_image(mask).mean(0) > 0).float()[None, None]
+
+
+def resize(images, size):
+    """(B, 3, S, S) in [-1, 1] -> (B, 3, size, size); bicubic overshoots, so it is clamped."""
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def to_pil(x):
@@ -652,629 +568,198 @@ def to_pil(x):
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def save_grid(pictures, path, columns):
-    """Pictures (B, 3, H, W) in [-1, 1], row by row with a white rim, to a PNG or JPEG file."""
-    B, _, H, W = pictures.shape
+def save_grid(images, path, columns):
+    """Images (B, 3, H, W) in [-1, 1], row by row with a white rim, to a PNG or JPEG file."""
+    kind, (B, _, H, W) = image_format(path), images.shape
     rows, gap = math.ceil(B / columns), 0 if B == 1 else max(2, H // 64)
     sheet = torch.ones(3, rows * (H + gap) - gap, columns * (W + gap) - gap)
-    for i, x in enumerate(pictures):
+    for i, x in enumerate(images):
         top, left = i // columns * (H + gap), i % columns * (W + gap)
         sheet[:, top:top + H, left:left + W] = x
-    path = Path(path)
-    beside = path.with_name(f"{path.stem}.part{path.suffix}")
-    try:
-        to_pil(sheet).save(beside)
-        os.replace(beside, path)
-    except (OSError, ValueError) as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(f"could not write {path}: {error}; is the folder there, does the name end in "
-                      ".png?") from None
+    write_atomically(path, lambda file: to_pil(sheet).save(file, kind))
 
 
-# ---------------------------------------------------------------- speed
-# What trades memory for time, or time for a compiler, is switched here; numbers are in the README.
+def image_format(name):
+    """Pillow's name for this kind of image file.   ValueError if it cannot be written."""
+    path = Path(name)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind in Image.SAVE and not path.is_dir() and os.access(path.parent, os.W_OK):
+        return kind
+    raise ValueError(f"{str(name)!r} cannot be written: expected a name that ends in .png or .jpg, "
+                     "in a folder that exists and may be written to")
 
 
-def autocast(device, dtype):
-    """Weights stay in float32, products are computed in `dtype`; with float32 nothing happens.
-
-    For GPUs: on CPUs without bf16 units a toy step took 1.15 to 11 times as long.
-    """
-    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+# ---------------------------------------------------------------- options and errors
 
 
-def channels_last(part):
-    """Convolutions' weights in the order of memory that a U-Net's pictures have.
-
-    In the other order every call puts them into this one again. (On a GPU tensor cores want this
-    order, but torch's GroupNorm gives the other one back: --compile spares the copies between.)
-    """
-    return part.to(memory_format=torch.channels_last)
+class RangeError(argparse.ArgumentTypeError, ValueError):
+    """A number out of its range, at the command line (argparse prints it) or in Python."""
 
 
-def recompute(part):
-    """Activation checkpointing: keep each block's input alone, and compute the rest once more.
+def number(low, high, name="a value"):
+    """-> f(value or text): the number, if it is in this range, and whole if `low` is."""
+    kind = type(low)
+    what = f"{name} from {low} to {high}, a {'whole' if kind is int else 'finite'} number"
 
-    Training of a part then needs less memory; a toy step takes 40 to 50 % longer.
-    """
-    def again(forward):                                  # a function: torch.compile sees into it
-        return lambda *a, **options: checkpoint(forward, *a, use_reentrant=False, **options)
-
-    for block in part.modules():
-        if isinstance(block, (clip.Block, decoder.ResBlock, decoder.Attention)):
-            block.forward = again(block.forward)
-
-
-def compile_blocks(part):
-    """torch.compile, a Transformer block or a whole U-Net at a time.
-
-    On a CPU a toy step gains little, and the first one takes a minute: off by default.
-    """
-    for module in part.modules():
-        if isinstance(module, clip.Block):
-            module.compile()
-        if isinstance(module, decoder.UNet):
-            module.compile(dynamic=False)        # code for every size: for any, torch 2.13 may fail
-
-
-# ---------------------------------------------------------------- benchmark
-# Random weights, real shapes and step counts: how fast is each stage, and does it fit?
-
-
-def random_text(c, B, device, dtype):
-    """A clip.Text of B full captions for a part with configuration c."""
-    L, states = c.context, 0 if c.vocab_size else c.text_width
-    tokens = torch.randint(max(2, c.vocab_size), (B, L), device=device)
-    return clip.Text(tokens, torch.ones_like(tokens, dtype=torch.bool),
-                     torch.randn(B, c.embed_dim, device=device, dtype=dtype),
-                     torch.randn(B, L, states, device=device, dtype=dtype))
-
-
-def sampling_work(name, part, s, B, device, dtype):
-    """-> (do one step, how many steps a picture takes) for a part of a stack, s its Sampling.
-
-    Of s.rerank small pictures one is enlarged; what CLIP takes to choose it is not counted.
-    """
-    c, t = part.config, 500
-    B = B if name.startswith("upsampler") else B * s.rerank
-    if name == "clip":
-        tokens = torch.randint(c.vocab_size, (B, c.context), device=device)
-        return lambda: part.encode_text(tokens), 1
-    if name.startswith("upsampler"):
-        low = torch.rand(B, 3, c.unet.size // 4, c.unet.size // 4, device=device) * 2 - 1
-        denoise, x = part.denoiser(low), torch.randn(B, 3, c.unet.size, c.unet.size, device=device)
-        return lambda: denoise(x, t), s.upsampler_steps[int(name[-1]) - 1]
-    if name == "ar_prior":
-        text = random_text(c, B, device, dtype)
-        if torch.device(device).type == "meta":          # all codes at once: as much work, counted
-            codes = torch.zeros(B, c.components, dtype=torch.long, device=device)    # in no time
-            return lambda: part(codes, codes[:, 0], text), 1
-        return lambda: part.sample(text, guidance=s.prior_guidance), 1
-    if name == "diffusion_prior":
-        text = random_text(c, B * s.candidates, device, dtype)
-        denoise = part.denoiser(text, s.prior_guidance)
-        x = torch.randn(B * s.candidates, c.embed_dim, device=device)
-        return lambda: denoise(x, t), s.prior_steps
-    text, size = random_text(c, B, device, dtype), c.unet.size
-    denoise = part.denoiser(torch.randn(B, c.embed_dim, device=device), text, s.guidance)
-    x = torch.randn(B, 3, size, size, device=device)
-    return lambda: denoise(x, t), s.decoder_steps
-
-
-def training_loss(name, part, B, device):
-    """-> the mean loss of a batch of B, as a function, for a part of a stack."""
-    c = part.config
-    if name == "clip":
-        images = torch.rand(B, 3, c.image_size, c.image_size, device=device) * 2 - 1
-        tokens = torch.randint(c.vocab_size, (B, c.context), device=device)
-
-        def loss():
-            return clip.clip_loss(*part(images, tokens), part.scale())
-    elif name.startswith("upsampler"):
-        side = c.unet.size // 4                                          # crops of a quarter
-        high = torch.rand(B, 3, side, side, device=device) * 2 - 1
-        low = decoder.shrink(high, side // 4)
-
-        def loss():
-            return part.loss(high, low).mean()
-    else:
-        text = random_text(c, B, device, torch.float32)
-        z_i = torch.randn(B, c.embed_dim, device=device)
-        more = (z_i, text) if name.endswith("prior") else (
-            torch.rand(B, 3, c.unet.size, c.unet.size, device=device) * 2 - 1, z_i, text)
-
-        def loss():
-            return part.loss(*more).mean()
-
-    return loss
-
-
-def training_step(part, loss, device, dtype):
-    """-> do what a step of the paper's training does: loss, gradients, clipping, AdamW, average."""
-    weights = list(part.parameters())
-    opt = torch.optim.AdamW(weights, 1e-4, fused=True)
-    ema = [w.detach().clone() for w in weights]
-
-    def step():
-        opt.zero_grad()
-        with autocast(device, dtype):
-            value = loss()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        opt.step()
-        torch._foreach_lerp_(ema, [w.detach() for w in weights], 1e-4)
-
-    return step
-
-
-class Living(TorchDispatchMode):
-    """`with Living(part) as living:` - living.peak is the most bytes that tensors took at once.
-
-    For the "meta" device, where a tensor has a shape and no numbers: nothing is computed, so the
-    largest networks can be asked. Counts the part's weights, and what every operation makes until
-    it is dropped. Not counted: what kernels take for themselves, and what an allocator keeps.
-    """
-
-    def __init__(self, part):
-        super().__init__()
-        self.known, self.bytes, self.peak = weakref.WeakSet(), 0, 0
-        self.count([*part.parameters(), *part.buffers()])
-
-    def count(self, tensors):
-        for x in tensors:
-            if torch.is_tensor(x) and x.is_meta and x.untyped_storage() not in self.known:
-                self.known.add(x.untyped_storage())              # views share one
-                self.add(x.untyped_storage().nbytes())
-                weakref.finalize(x.untyped_storage(), self.add, -x.untyped_storage().nbytes())
-
-    def add(self, size):
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        out = operation(*args, **(kwargs or {}))
-        self.count(tree_iter(out))
-        return out
-
-
-def count(name, kind, config, args, dtype):
-    """What a stage takes, counted on the meta device, where nothing is computed.
-
-    -> its parameters; FLOPs that are spent once, FLOPs of a step, steps; bytes that stay, bytes at
-    the peak. The peak is an upper bound: matrices of attention are counted, which fast kernels
-    never keep; in training all is float32. What --recompute does twice counts once as FLOPs.
-    """
-    with torch.device("meta"):
-        part = kind(config)
-    size = sum(w.numel() for w in part.parameters())
-    if args.recompute:
-        recompute(part)
-    part = part.train() if args.train else part.eval().to(dtype)
-    with torch.set_grad_enabled(args.train), Living(part) as living:
-        weights = living.bytes
-        with FlopCounterMode(display=False) as once:
-            if args.train:
-                loss, steps = training_loss(name, part, args.batch, "meta"), 1
-            else:
-                step, steps = sampling_work(name, part, PRESETS[args.preset].sampling, args.batch,
-                                            "meta", dtype)
-        with FlopCounterMode(display=False) as each:
-            loss().backward() if args.train else step()
-    flops = each.get_total_flops()
-    if args.recompute:
-        plain = argparse.Namespace(**vars(args) | {"recompute": False})
-        flops = count(name, kind, config, plain, dtype)[2]
-    if not args.train:
-        return size, once.get_total_flops(), flops, steps, weights, living.peak
-    # Stay: weight, gradient, Adam's two averages, ours. The peak has weights and gradients in it.
-    return size, 0, flops, steps, 20 * size, 12 * size + living.peak
-
-
-def seconds_of(step, device, limit, most):
-    """Time of one call, the median of up to `most` calls within `limit` seconds (one at least)."""
-    times, start = [], time.perf_counter()
-    while not times or (len(times) < most and time.perf_counter() - start < limit):
-        synchronize(device)
-        begin = time.perf_counter()
-        step()
-        synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return sorted(times)[len(times) // 2]
-
-
-def synchronize(device):
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def matmul_ceiling(device, dtype):
-    """FLOP/s of one large matrix product: what the hardware gives when nothing is in its way."""
-    for n in (8192,) if torch.device(device).type == "cuda" else (512, 1024, 2048):
-        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        a @ b
-        seconds = seconds_of(lambda: a @ b, device, limit=1, most=10)
-        if seconds > 0.1:                  # many a CPU takes a minute for the largest one in bf16
-            break
-    return 2 * n ** 3 / seconds
-
-
-MEMORY = Path("/proc/meminfo")
-
-
-def free_memory(device):
-    """Bytes that can still be had."""
-    gc.collect()                                         # compiled parts are tied up in themselves
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    if not MEMORY.exists():                              # not Linux: nobody says
-        return math.inf
-    lines = dict(line.split(":") for line in MEMORY.read_text().splitlines())
-    return 1024 * int(lines["MemAvailable"].split()[0])              # "16384256 kB"
-
-
-def reset_peak_memory(device):
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():         # Linux
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device):
-    """Bytes at the highest since the last reset: on CUDA of tensors, on the CPU of the process."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if platform.system() == "Windows":
-        return math.nan
-    import resource
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def benchmark_stage(name, kind, config, args, device, dtype):
-    """One row of the table, a dict; a note instead of times if it would not fit."""
-    size, once, flops, steps, held, needs = count(name, kind, config, args, dtype)
-    total = once + flops * steps
-    row = {"stage": name, "parameters": size, "steps": steps, "FLOPs": total, "needs": needs,
-           "note": ""}
-    if torch.device(device).type == "meta":
-        return row
-    free = free_memory(device)
-    least = needs if torch.device(device).type == "cpu" else 1.1 * held  # a full CPU kills programs
-    if least > free:
-        return row | {"note": f"does not fit: it may take {least / 1e9:.1f} GB, {free / 1e9:.1f} "
-                              "GB are free"}
-    if needs > free:
-        print(f"{name} may not fit: at most {needs / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-              flush=True)
-    with torch.set_grad_enabled(args.train):
+    def read(value):
         try:
-            reset_peak_memory(device)
-            part = channels_last(fresh(kind, config, device,
-                                       torch.float32 if args.train else dtype)).train(args.train)
-            if args.recompute:
-                recompute(part)
-            if args.compile:
-                compile_blocks(part)
-
-            def begin():
-                if args.train:
-                    loss = training_loss(name, part, args.batch, device)
-                    return training_step(part, loss, device, dtype)
-                return sampling_work(name, part, PRESETS[args.preset].sampling, args.batch, device,
-                                     dtype)[0]
-
-            step = begin()
-            step()                                       # warms up, and compiles
-            before = 0.0 if args.train else seconds_of(begin, device, limit=0, most=1)
-            seconds = seconds_of(step, device, args.limit_seconds, max(3, steps))
-        except torch.OutOfMemoryError:
-            return row | {"note": "did not fit: out of memory"}
-    seconds = before + seconds * steps
-    return row | {"seconds": seconds, "FLOP/s": total / seconds, "peak": peak_memory(device)}
+            x = kind(str(value))
+        except ValueError:
+            x = math.nan
+        if low <= x <= high:
+            return x
+        raise RangeError(f"expected {what}, got {value!r}")
+    return read
 
 
-def machine(device):
-    """What is measured on: the name of the GPU, or of the processor."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    about = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in about.read_text().splitlines()
-             if line.startswith("model name")] if about.exists() else []
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+positive, seed, finite = number(1, 10 ** 9), number(0, 2 ** 64 - 1), number(-1e38, 1e38)
+RANGES = {name: number(low, high, name) for low, high, names in (
+    (1, 1000, "n rerank candidates steps prior_steps decoder_steps upsampler_steps"),
+    (-100.0, 100.0, "guidance prior_guidance"), (-2.0, 2.0, "strength"), (0.0, 1.0, "eta"))
+    for name in names.split()}
 
 
-def run_benchmark(args):
-    """A table of all stages. --device meta counts only, anywhere, without GPU or memory."""
-    device, dtype = pick_device(args.device), DTYPES[args.dtype]
-    ceiling, rows = None if device.type == "meta" else matmul_ceiling(device, dtype), []
-    today, where = datetime.date.today().isoformat(), machine(device)
-    print(f"{args.preset}, batch {args.batch}, {device}, {args.dtype}, "
-          f"{'training steps' if args.train else 'sampling'}; {where}, torch {torch.__version__}, "
-          f"{today}" + (f"; a large matrix product runs at {ceiling / 1e12:.3g} TFLOP/s"
-                        if ceiling else "; counted, not run"))
-    line = "{:<16} {:>9} {:>6} {:>10} {:>9} {:>9} {:>9} {:>8} {:>8}"
-    print(line.format("stage", "M params", "steps", "GFLOP", "needs GB", "seconds", "TFLOP/s",
-                      "share", "peak GB"))
-    for name, kind in PARTS.items():
-        config = getattr(PRESETS[args.preset], name)
-        if config is None or name not in args.only:
-            continue
-        row = benchmark_stage(name, kind, config, args, device, dtype)
-        rows.append(row)
-        measured = ([f"{row['seconds']:.3g}", f"{row['FLOP/s'] / 1e12:.3g}",
-                     f"{row['FLOP/s'] / ceiling:.0%}", f"{row['peak'] / 1e9:.2f}"]
-                    if "seconds" in row else [""] * 4)
-        print(line.format(name, f"{row['parameters'] / 1e6:.1f}", row["steps"],
-                          f"{row['FLOPs'] / 1e9:.0f}", f"{row['needs'] / 1e9:.2f}", *measured)
-              + row["note"], flush=True)
-    used = [row for row in rows if row["stage"] != "ar_prior"]
-    whole = not args.train and set(args.only) >= {*PARTS} - {"ar_prior"}
-    flops = sum(row["FLOPs"] for row in used) if whole else None
-    ran = whole and all("seconds" in row for row in used)
-    total = sum(row["seconds"] for row in used) if ran else None
-    if whole:
-        print(f"one batch of {args.batch} with the diffusion prior: {flops / 1e12:.4g} TFLOP")
-    if ran:
-        print(f"in {total:.3g} s, {60 * args.batch / total:.3g} pictures a minute")
-    if args.json:
-        Path(args.json).write_text(json.dumps({
-            "preset": args.preset, "batch": args.batch, "device": str(device), "dtype": args.dtype,
-            "machine": where, "date": today, "recompute": args.recompute,
-            "torch": torch.__version__, "train": args.train, "compile": args.compile,
-            "ceiling FLOP/s": ceiling, "stages": rows, "total FLOPs": flops, "total seconds": total,
-            "pictures a minute": total and 60 * args.batch / total}, indent=1) + "\n")
-
-
-def memory_needed(preset, dtype, batch=1):
-    """What sampling takes, in bytes: {part: (weights, weights and the rest at the peak)}."""
-    args = argparse.Namespace(preset=preset, batch=batch, train=False, recompute=False)
-    return {name: count(name, kind, getattr(PRESETS[preset], name), args, dtype)[4:]
-            for name, kind in PARTS.items()                      # one prior is enough
-            if getattr(PRESETS[preset], name) is not None and name != "ar_prior"}
-
-
-def memory_table(preset, batch=1):
-    """memory_needed as Markdown, in GB, a column for each dtype."""
-    columns = [memory_needed(preset, dtype, batch) for dtype in DTYPES.values()]
-    rows = {f"{name}: weights, at its peak": [f"{needed[name][0] / 1e9:.2f}, "
-                                              f"{needed[name][1] / 1e9:.2f}" for needed in columns]
-            for name in columns[0]}
-    rows["**all parts on the device**"] = [
-        f"**{(sum(w for w, _ in n.values()) + max(p - w for w, p in n.values())) / 1e9:.1f}**"
-        for n in columns]
-    rows["**one at a time, `--low-memory`**"] = [f"**{max(p for _, p in n.values()) / 1e9:.1f}**"
-                                                 for n in columns]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [
-        [f"GB, {preset}, batch {batch}", *DTYPES], ["---"] * (1 + len(DTYPES)),
-        *([name, *cells] for name, cells in rows.items())])
-
-
-# ---------------------------------------------------------------- command line
-
-HERE = Path(__file__).resolve().parent
+def expect_finite(x, name):
+    """x, or FloatingPointError that names what drew it."""
+    if not x.isfinite().all():
+        raise FloatingPointError(f"{name} drew no finite numbers; try --dtype fp32, less guidance")
+    return x
 
 
 def pick_device(name):
     """"cpu", "cuda", "cuda:1", "mps" -> torch.device.   ValueError if the machine has none."""
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).item()               # "meta" has no items
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"there is no device {name!r} here ({str(error).splitlines()[0]}); "
                          "use --device cpu") from None
-    return device
-
-
-def run_sample(args):
-    start = time.perf_counter()
-    model = open_weights(args)
-    unknown = model.unknown_words(args.captions)
-    if unknown:
-        print(f"These weights have never met: {', '.join(unknown)}. They know: "
-              f"{', '.join(sorted(model.words))}.", file=sys.stderr)
-    captions = [text for text in args.captions for _ in range(args.n)]
-    generator = torch.Generator().manual_seed(args.seed)
-    pictures = model.sample(captions, prior=args.prior, guidance=args.guidance,
-                            prior_guidance=args.prior_guidance, prior_steps=args.prior_steps,
-                            decoder_steps=args.decoder_steps, candidates=args.candidates,
-                            upsampler_steps=args.upsampler_steps, rerank=args.rerank,
-                            generator=generator)
-    show(pictures, args, start, columns=args.n)
-
-
-def run_variations(args):
-    start, model = time.perf_counter(), open_weights(args)
-    image = open_picture(args.image)
-    pictures = model.variations(image, args.n, args.eta, **from_picture(args))
-    show(beside([image], pictures), args, start)
-
-
-def run_interpolate(args):
-    start, model = time.perf_counter(), open_weights(args)
-    a, b = open_picture(args.a), open_picture(args.b)
-    pictures = model.interpolate(a, b, args.n, noise=args.noise, **from_picture(args))
-    show(beside([a], pictures, [b]), args, start)
-
-
-def run_edit(args):
-    start, model = time.perf_counter(), open_weights(args)
-    image = open_picture(args.image)
-    pictures = model.text_diff(image, args.source, args.target, args.n, args.strength,
-                               **from_picture(args))
-    show(beside([image], pictures), args, start)
-
-
-def open_weights(args):
-    """What every command that draws begins with."""
-    out = Path(args.out)
-    kind = Image.registered_extensions().get(out.suffix.lower())
-    if not out.parent.is_dir() or kind not in Image.SAVE:
-        raise ValueError(f"{out} cannot be written: expected a folder that exists and a name that "
-                         "ends in .png or .jpg")                 # said before minutes of drawing
-    model = load(args.weights, pick_device(args.device), DTYPES[args.dtype], args.clip,
-                 args.low_memory)
-    model.expect_upsampler_steps(args.upsampler_steps or ())
-    return model
-
-
-def from_picture(args):
-    """What the commands that begin with a picture share."""
-    return {"guidance": 1.0 if args.guidance is None else args.guidance,
-            "steps": args.decoder_steps or 250,
-            "upsampler_steps": args.upsampler_steps, "progress": True,
-            "generator": torch.Generator().manual_seed(args.seed)}
-
-
-def beside(before, pictures, after=()):
-    """Pictures of any size before and after (B, 3, H, H), all in one batch of that size."""
-    def fit(images):
-        return [F.interpolate(x[None], pictures.shape[2:], mode="bicubic",
-                              antialias=True).clamp(-1, 1).to(pictures.device) for x in images]
-    return torch.cat([*fit(before), pictures, *fit(after)])
-
-
-def show(pictures, args, start, columns=None):
-    """Write the pictures in rows of `columns` (all in one) and say so."""
-    save_grid(pictures, args.out, columns or len(pictures))
-    print(f"{len(pictures)} picture{'s' * (len(pictures) > 1)} of {tuple(pictures.shape[2:])} "
-          f"pixels in {time.perf_counter() - start:.1f} s: {args.out}")
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    torch.backends.cudnn.allow_tf32 = False              # equal seeds, equal images, on CUDA, too
+    return torch.device(name)
 
 
 def stop_on_error(run, *args):
     """Run a command; what the user can mend ends it with one sentence and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")        # a terminal without Unicode
+
     try:
         run(*args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {clip.first_line(error)} Try --low-memory, --dtype bf16, fewer pictures.",
-              file=sys.stderr)
-        sys.exit(2)
+        print(end="", flush=True)
+        return
+    except BrokenPipeError:                                      # `| head`: quiet, also at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt as stop:
+        message, status = str(stop) or "stopped", 130
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+        message, status = f"error: {error}", 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        hint = "too large for this machine's memory; try --low-memory, --dtype bf16, fewer images"
+        message, status = f"error: {hint} ({str(error).splitlines()[0]})", 2
+    print(message, file=sys.stderr)
+    sys.exit(status)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Says the default of each option that has one."""
+    """Shows the default of each option that has one."""
 
     def _get_help_string(self, action):
         plain = action.default is None or action.default is False
         return action.help if plain else super()._get_help_string(action)
 
 
-def positive(text):
-    """argparse type: a whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+# ---------------------------------------------------------------- command line
 
 
-def finite(text):
-    """argparse type: a number, neither infinite nor nan."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
-    return value
+def run(draw, out, weights, clip_path, device, dtype, low_memory, seed, **options):
+    """What all commands share. options: the arguments of draw(model, ...)."""
+    start, device, n = time.perf_counter(), pick_device(device), options["n"]
+    image_format(out)                                    # refused before minutes of drawing
+    if low_memory and device.type == "cpu":
+        raise ValueError("--low-memory spares the memory of a GPU; give its --device, too")
+    given = {name: open_image(options[name]) for name in ("image", "a", "b") if name in options}
+    model = load(weights, device, DTYPES[dtype], clip_path, low_memory)
+
+    # each image has a seed of its own: the third of --seed 7 is the first of --seed 9
+    seeds = [seed + i for _ in options.get("captions", [""]) for i in range(n)]
+    generators = [torch.Generator().manual_seed(s % 2 ** 64) for s in seeds]
+    x = draw(model, generator=generators, progress=True, **options | given)
+    done = f"{len(x)} image{'s' * (len(x) > 1)} of {tuple(x.shape[2:])} pixels"
+
+    # a strip: the user's image, what became of it, and the other end
+    if given:
+        first, *last = (resize(image[None].to(x), x.shape[2]) for image in given.values())
+        x = torch.cat([first, x, *last])
+    save_grid(x, out, len(x) if given else n)
+    print(f"{done} in {time.perf_counter() - start:.1f} s: {out}")
+
+
+def draw_sample(model, captions, n, steps, **options):
+    """n images of each caption, and a warning of words that no training caption had."""
+    words = dict.fromkeys(w for text in captions for w in clip.split_words(clip.clean(text)))
+    unknown = [word for word in words if model.words and word not in model.words]
+    if unknown:
+        print(f"These weights were not trained on: {', '.join(unknown)}. They know: "
+              f"{', '.join(sorted(model.words))}.", file=sys.stderr)
+    return model.sample([c for c in captions for _ in range(n)], decoder_steps=steps, **options)
+
+
+SHARED = {
+    "-n": dict(help="how many images"),
+    "-o --out": dict(metavar="PATH", help="the file to write"),
+    "--weights": dict(default=str(HERE / "weights/toy.pt"), help="a file, or a Karlo folder"),
+    "--clip": dict(dest="clip_path", help="ViT-L-14.pt, if a Karlo folder has no image encoder"),
+    "--device": dict(default="cpu", help="cpu, cuda, mps"),
+    "--dtype": dict(default="fp32", choices=DTYPES, help="of the networks"),
+    "--low-memory": dict(action="store_true", help="parts come to the device one at a time"),
+    "--seed": dict(default=0, type=seed, metavar="N", help="of the first image; others count on"),
+    "--guidance": dict(help="classifier-free guidance of the decoder; 1 is none"),
+    "--decoder-steps": dict(dest="steps", help="of diffusion"),
+    "--upsampler-steps": dict(nargs="+", help="one number for each upsampler")}
+
+IMAGE, TEXT = dict(help="a file; its middle square is used"), dict(required=True, metavar="CAPTION")
+FEW = {"n": 8, "steps": 250, "guidance": 1.0}
+COMMANDS = {                                    # name: help, what draws, defaults, its own options
+    "sample": ("captions to images", draw_sample, {"n": 1, "out": "out.png"}, {
+        "captions": dict(nargs="+", metavar="CAPTION", help="-n images are drawn of each"),
+        "--prior": dict(default="diffusion", choices=("diffusion", "ar"), help="draws embeddings"),
+        "--prior-guidance": dict(help="classifier-free guidance of the prior; 1 is none"),
+        "--prior-steps": dict(help="of diffusion"),
+        "--candidates": dict(help="embeddings drawn for each image; the best is kept"),
+        "--rerank": dict(help="small images drawn for each; the one CLIP likes best is enlarged")}),
+    "variations": ("images like an image (sec. 3.1)", UnCLIP.variations, FEW, {
+        "image": IMAGE,
+        "--eta": dict(default=0.2, help="noise on the way, from 0, the image itself, to 1")}),
+    "interpolate": ("from one image to another (sec. 3.2)", UnCLIP.interpolate, FEW, {
+        "a": IMAGE, "b": IMAGE,
+        "--noise": dict(default="slerp", choices=("slerp", "fixed"),
+                        help="slerp: the ends are the two images; fixed: one noise for all")}),
+    "edit": ("change an image by words (sec. 3.3)", UnCLIP.text_diff, FEW, {
+        "image": IMAGE,
+        "--source": TEXT | dict(help="what the image shows"),
+        "--target": TEXT | dict(help="what it shall show"),
+        "--strength": dict(default=0.4, help="how far the embedding is turned; 1 is all the way")}),
+    "inpaint": ("draw a part of an image anew", UnCLIP.inpaint, {"n": 4}, {
+        "image": IMAGE, "caption": dict(help="what the whole image shall show"),
+        "--mask": dict(required=True, help="an image of that size: what is white is drawn anew")})}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="unCLIP: from a caption to a picture.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="unCLIP: from a caption to an image.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--weights", default=str(HERE / "weights/toy.pt"), metavar="PATH",
-                        help="a checkpoint of train_toy.py, or a Karlo folder")
-    common.add_argument("--clip", metavar="PATH", help="for a Karlo folder without image encoder: "
-                        "OpenAI's ViT-L-14.pt, or a CLIP folder")
-    common.add_argument("--device", default="cpu", help="cpu, cuda, mps")
-    common.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the networks")
-    common.add_argument("--low-memory", action="store_true",
-                        help="parts come to the device one at a time")
-    common.add_argument("--seed", type=int, default=0, help="equal seeds, equal pictures")
-    common.add_argument("--guidance", type=finite,
-                        help="of the decoder; 1 is none (default: the weights'; "
-                        "from pictures: 1)")
-    common.add_argument("--decoder-steps", type=positive, metavar="N",
-                        help="(default: the weights'; from pictures: 250)")
-    common.add_argument("--upsampler-steps", type=positive, metavar="N", nargs="+",
-                        help="one number for each upsampler (default: the weights')")
-
-    sub = commands.add_parser("sample", parents=[common], help="captions to pictures",
-                              formatter_class=HelpFormatter, allow_abbrev=False)
-    sub.add_argument("captions", nargs="+", metavar="CAPTION")
-    sub.add_argument("-n", type=positive, default=1, help="pictures of each caption")
-    sub.add_argument("--prior", choices=("diffusion", "ar"), default="diffusion")
-    sub.add_argument("--prior-guidance", type=finite, help="(default: the weights')")
-    sub.add_argument("--prior-steps", type=positive, metavar="N", help="(default: the weights')")
-    sub.add_argument("--candidates", type=positive, metavar="N",
-                     help="embeddings drawn for each picture (default: the weights')")
-    sub.add_argument("--rerank", type=positive, metavar="N", help="draw N small pictures for each "
-                     "one, enlarge the one CLIP likes best (default: the weights')")
-    sub.add_argument("-o", "--out", default="out.png", help="where to write the picture")
-    sub.set_defaults(run=run_sample)
-
-    sub = commands.add_parser("variations", parents=[common], help="pictures like a picture",
-                              formatter_class=HelpFormatter, allow_abbrev=False)
-    sub.add_argument("image", metavar="PICTURE", help="any picture file; its middle square is used")
-    sub.add_argument("-n", type=positive, default=8, help="how many")
-    sub.add_argument("--eta", type=finite, default=0.2, help="noise on the way: 0 draws the "
-                     "picture itself, 1 little but what CLIP sees")
-    sub.add_argument("-o", "--out", default="variations.png", help="where to write the picture")
-    sub.set_defaults(run=run_variations)
-
-    sub = commands.add_parser("interpolate", parents=[common], help="from one picture to another",
-                              formatter_class=HelpFormatter, allow_abbrev=False)
-    sub.add_argument("a", metavar="FROM")
-    sub.add_argument("b", metavar="TO")
-    sub.add_argument("-n", type=positive, default=8, help="pictures on the way")
-    sub.add_argument("--noise", choices=("slerp", "fixed"), default="slerp",
-                     help="slerp: the ends are the two pictures; fixed: one noise for all")
-    sub.add_argument("-o", "--out", default="interpolation.png", help="where to write the picture")
-    sub.set_defaults(run=run_interpolate)
-
-    sub = commands.add_parser("edit", parents=[common], help="change a picture by words",
-                              formatter_class=HelpFormatter, allow_abbrev=False)
-    sub.add_argument("image", metavar="PICTURE")
-    sub.add_argument("--source", required=True, metavar="CAPTION", help="what the picture shows")
-    sub.add_argument("--target", required=True, metavar="CAPTION", help="what it shall show")
-    sub.add_argument("-n", type=positive, default=8, help="pictures on the way there")
-    sub.add_argument("--strength", type=finite, default=0.4, metavar="SHARE",
-                     help="how far to turn the embedding towards the change, at most; 1 is all the "
-                     "way")
-    sub.add_argument("-o", "--out", default="edit.png", help="where to write the picture")
-    sub.set_defaults(run=run_edit)
-
-    sub = commands.add_parser("benchmark", help="how fast is each stage, and does it fit?",
-                              formatter_class=HelpFormatter, allow_abbrev=False)
-    sub.add_argument("--preset", choices=PRESETS, default="toy")
-    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps; meta: count, do not run")
-    sub.add_argument("--dtype", default="fp32", choices=DTYPES,
-                     help="of the weights; in training, of autocast")
-    sub.add_argument("--batch", type=positive, default=1, metavar="N")
-    sub.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS], metavar="PART",
-                     help="of these parts")
-    sub.add_argument("--train", action="store_true", help="steps of training instead of sampling")
-    sub.add_argument("--compile", action="store_true", help="with torch.compile")
-    sub.add_argument("--recompute", action="store_true", help="with activation checkpointing")
-    sub.add_argument("--limit-seconds", type=finite, default=20.0, metavar="S",
-                     help="for each stage: measure a few steps and scale")
-    sub.add_argument("--json", metavar="PATH", help="write the table there too")
-    sub.set_defaults(run=run_benchmark)
-
-    sub = commands.add_parser("memory", help="what does each part take to sample? Counts, runs "
-                              "nothing", formatter_class=HelpFormatter, allow_abbrev=False)
-    sub.add_argument("--preset", choices=PRESETS, default="karlo")
-    sub.add_argument("--batch", type=positive, default=1, metavar="N")
-    sub.set_defaults(run=lambda args: print(memory_table(args.preset, args.batch)))
-
-    args = parser.parse_args(argv)
-    stop_on_error(args.run, args)
+    for name, (help, draw, defaults, options) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False,
+                                  formatter_class=HelpFormatter,
+                                  epilog="What has no default here is as the weights have it.")
+        for flags, option in (SHARED | options).items():
+            dest = flags.split()[-1].strip("-").replace("-", "_")
+            ranged = dict(type=RANGES[dest], metavar="N") if dest in RANGES else {}
+            sub.add_argument(*flags.split(), **ranged | option)
+        sub.set_defaults(draw=draw, **{"out": f"{name}.png"} | defaults)
+    stop_on_error(lambda: run(**vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":
