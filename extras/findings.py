@@ -1,0 +1,871 @@
+"""The paper's findings at toy scale: tables of settings, and one function that scores a setting.
+
+    python extras/findings.py figures                             all of them, into pictures/
+    python extras/findings.py figures --only prior --scenes 4     one of them, in seconds
+    python extras/findings.py experiments                         "change one thing"
+    python extras/findings.py gallery                             README's first images
+    python extras/findings.py bounds                              the lowest possible losses
+    python extras/findings.py ablate --seeds 2                    each training trick left out
+
+Images are the decoder's, which the exact parser reads as well as large ones. A number is the mean
+and the standard deviation over seeds; each seed has other scenes and other noise.
+
+    B scenes   n images of each   h side of a small image   D width of an embedding
+"""
+import argparse
+import ast
+import contextlib
+import copy
+import functools
+import inspect
+import itertools
+import json
+import platform
+import random
+import re
+import sys
+import textwrap
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable
+from unittest import mock
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import unclip                                     # first: it sets how idle threads wait
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import clip
+import decoder
+import diffusion
+import prior
+import train_toy
+from train_toy import Object, Scene, caption, plt, render_many, stated
+
+STEPS = 25                                        # of DDIM, each way
+
+# ---------------------------------------------------------------- one setting, one score
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How images are drawn and what is measured. What is not given is as the weights bring it."""
+    condition: str = "diffusion prior"            # of train_toy.CONDITIONS, or a key of DRAW
+    n: int = 1                                    # images of each scene; 0: its embedding alone
+    measures: tuple = ("accuracy",)               # of MEASURES
+    sampling: dict = field(default_factory=dict)  # changes of unclip.Sampling
+    rerank: int = 1                               # of so many images CLIP chooses one
+    wording: str = "as trained"                   # of the captions, see WORDINGS
+    upsample: str = ""                            # "network" or "bicubic": to the largest size
+    sampler: dict | None = None                   # changed options of diffusion.sample
+    bug: str = ""                                 # of extras/museum.py
+    eta: float = 0.0                              # this and the next three, of "image": DDIM's
+    edit: str = ""                                # the attribute that a text diff changes
+    strength: float = 0.4                         # of the text diff
+    components: int | None = None                 # so many principal components of z_i; x_T is new
+
+
+@torch.no_grad()
+def score(model, scenes, setting, seed=0, baseline=None):
+    """Draw B scenes under a setting and measure the images -> {measure: number}.
+
+    baseline: a stack whose decoder was trained on captions alone; it draws "caption alone".
+    """
+    drawn = draw(model, scenes, setting, seed, baseline)
+    return {name: float(MEASURES[name](drawn)) for name in setting.measures}
+
+
+@torch.no_grad()
+def draw(model, scenes, setting, seed=0, baseline=None):
+    """-> a namespace: what the setting asks for, images (B, n, 3, h, h), what is seen in them."""
+    captions, targets = zip(*(WORDINGS[setting.wording](scenes, i) for i in range(len(scenes))))
+    if setting.edit:
+        rng = random.Random(seed)
+        targets = [edited(scene, setting.edit, rng) for scene in scenes]
+    artist = copy.copy(baseline if baseline and setting.condition == "caption alone" else model)
+    sampling = replace(artist.config.sampling, **setting.sampling)
+    artist.config = replace(artist.config, sampling=sampling)
+    d = SimpleNamespace(
+        model=model, artist=artist, setting=setting, seed=seed, scenes=scenes, captions=captions,
+        targets=targets, true=render_many(scenes, 64), size=artist.config.decoder.unet.size,
+        generator=torch.Generator().manual_seed(seed))
+
+    # a sampler of another kind, or one of the museum's bugs, in place of our function
+    changes, sample = {}, diffusion.sample
+    if setting.sampler:
+        changes["diffusion.sample"] = lambda *x, **how: sample(*x, **(how | setting.sampler))
+    if setting.bug:
+        import museum
+        changes[museum.BUGS[setting.bug].function] = museum.broken(museum.BUGS[setting.bug])
+    with patched(changes):
+        DRAW.get(setting.condition, draw_captions)(d)             # sets d.images
+    if setting.upsample:
+        small, size = d.images.flatten(0, 1), artist.config.upsampler2.unet.size
+        large = unclip.resize(small, size) if setting.upsample == "bicubic" else \
+            artist.upsample(small, generator=d.generator)
+        d.images = large.unflatten(0, d.images.shape[:2])
+
+    # as CLIP and the parser see them
+    if setting.n:
+        d.z = clip.unit(model.encode_image(d.images.flatten(0, 1)))        # (B n, D)
+    d.seen = [[train_toy.read(x) for x in row] for row in d.images]
+    d.pairs = [(a, b) for a, row in zip(targets, d.seen) for b in row]
+    return d
+
+
+@contextlib.contextmanager
+def patched(changes):
+    """{"module.function": another one}, for the time being."""
+    with contextlib.ExitStack() as stack:
+        for name, new in changes.items():
+            stack.enter_context(mock.patch(name, new))
+        yield
+
+
+def draw_captions(d):
+    """The condition is one of train_toy.CONDITIONS."""
+    images = [torch.empty(len(d.scenes), 0)]
+    for _ in range(max(1, d.setting.n)):
+        text = d.artist.encode_text([c for c in d.captions for _ in range(d.setting.rerank)])
+        d.z_i = train_toy.embedding(d.artist, d.setting.condition, text, d.true, d.generator)
+        if d.setting.n:
+            x = d.artist.sample_decoder(d.z_i, text, generator=d.generator)
+            images.append(d.artist.rerank(x, d.captions, 1) if d.setting.rerank > 1 else x)
+    d.images = torch.stack(images[1:], 1) if d.setting.n else images[0]
+
+
+def draw_image(d):
+    """From the bipartite latents of true images: varied, edited, or of few components.   Sec. 3"""
+    d.z_i, x_T = clip.unit(d.model.encode_image(d.true)), None
+    if d.setting.components is None:
+        x_T = d.artist.latent(d.true, STEPS)[1]
+    else:
+        mean, basis = components(d.model, 100 * len(d.scenes))
+        basis = basis[:, :d.setting.components]
+        d.z_i = clip.unit(mean + (d.z_i - mean) @ basis @ basis.T)
+        x_T = d.artist.part("decoder").noise(d.z_i, d.generator)
+    if d.setting.edit:
+        # not UnCLIP.difference, which refuses captions that CLIP has not learnt to tell apart
+        z_t0, z_t = (clip.unit(d.artist.encode_text(texts).z_t)
+                     for texts in (d.captions, [caption(target) for target in d.targets]))
+        z_d = clip.unit(z_t - z_t0)
+        d.z_i = unclip.slerp(d.z_i, z_d, d.setting.strength)
+    d.images = torch.stack([decode(d, d.z_i, x_T) for _ in range(d.setting.n)], 1)
+
+
+def draw_path(d):
+    """From every second scene to the next one, in n images: z_i and x_T are turned together."""
+    z_i, x_T = d.artist.latent(d.true, STEPS)
+    d.scenes = list(zip(d.scenes[::2], d.scenes[1::2]))
+    d.captions, images = [f"{caption(a)} to {caption(b)}" for a, b in d.scenes], []
+    for fraction in torch.linspace(0, 1, d.setting.n):
+        z, x = (unclip.slerp(a[:-1:2].flatten(1), a[1::2].flatten(1), fraction)
+                for a in (z_i, x_T))
+        images.append(decode(d, z, x.view(-1, *x_T.shape[1:])))
+    d.images = torch.stack(images, 1)                                      # (B / 2, n, 3, h, h)
+
+
+def decode(d, z_i, x_T):
+    return d.artist.decode_latent(z_i, x_T, eta=d.setting.eta, steps=STEPS, upsampler_steps=(),
+                                  generator=d.generator)
+
+
+@torch.enable_grad()
+def draw_ascent(d):
+    """As it was done before unCLIP: gradient ascent of the pixels on CLIP's similarity."""
+    z_t, size = clip.unit(d.model.encode_text(d.captions).z_t), d.model.config.clip.image_size
+    x = 0.1 * torch.randn(len(z_t), 3, size, size, generator=d.generator) + 0.8
+    x.requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=0.05)
+    for _ in range(60):
+        z_i = clip.unit(d.model.part("clip").encode_image(x.clamp(-1, 1)))
+        x.grad, = torch.autograd.grad(-(z_i * z_t).sum(), x)
+        optimizer.step()
+    d.images = x.detach().clamp(-1, 1)[:, None]
+
+
+def draw_true(d):
+    d.images = render_many(d.scenes, d.size)[:, None]
+
+
+def draw_nearest(d):
+    """In place of each drawn image the training image that CLIP finds nearest to it."""
+    draw_captions(d)
+    scenes, z = training_set(d.model, 300 * len(d.scenes))
+    nearest = clip.unit(d.model.encode_image(d.images.flatten(0, 1))) @ z.T
+    d.images = render_many([scenes[i] for i in nearest.argmax(1)], d.size)[:, None]
+
+
+DRAW = {"image": draw_image, "interpolation": draw_path, "gradient ascent on CLIP": draw_ascent,
+        "true image": draw_true, "nearest training image": draw_nearest}
+
+# ---------------------------------------------------------------- scenes and words
+
+
+def some_scenes(seed, n, keep=None, **options):
+    """n scenes that were not trained on, their sizes stated; options: random_scene's."""
+    rng, scenes = random.Random(1000 + seed), []
+    while len(scenes) < n:
+        scene = train_toy.random_scene(rng, **({"split_of": "test", "unstated": 0.0} | options))
+        scenes += [scene] if keep is None or keep(scene) else []
+    return scenes
+
+
+def alike(scene):
+    """Two objects that differ in colour alone."""
+    a, b = scene.objects
+    return a.shape == b.shape and a.size == b.size and a.colour != b.colour
+
+
+def edited(scene, kind, rng):
+    """A one-object scene with another colour, shape or size; not a held-out pair, if possible."""
+    only = scene.objects[0]
+    values = {"colour": train_toy.COLOURS, "shape": train_toy.SHAPES, "size": train_toy.SIZES}[kind]
+    choices = [Scene((replace(only, **{kind: v}),)) for v in values if v != getattr(only, kind)]
+    return stated(rng.choice([s for s in choices if train_toy.split(s) != "held-out"] or choices))
+
+
+def reworded(words):
+    """words(the first object) -> (scenes, i) -> caption, target."""
+    return lambda scenes, i: (words(scenes[i].objects[0]), stated(scenes[i]))
+
+
+def three(scenes, i):
+    objects = [scenes[j % len(scenes)].objects[0] for j in (i, i + 1, i + 2)]
+    return " above ".join(caption(Scene((o,))) for o in objects), Scene(tuple(objects))
+
+
+NEW = dict(zip(train_toy.COLOURS, "scarlet amber golden emerald turquoise navy violet jet".split()))
+WORDINGS = {
+    "as trained": lambda scenes, i: (caption(scenes[i]), stated(scenes[i])),
+    "rephrased": reworded(lambda o: f"a {o.shape} that is {o.colour} and {o.size}"),
+    "partial": lambda scenes, i: (f"something {scenes[i].objects[0].colour}",
+                                  Scene((Object("", scenes[i].objects[0].colour),))),
+    "a new adjective": reworded(lambda o: f"a shiny {o.size} {o.colour} {o.shape}"),
+    "a new word for the colour": reworded(lambda o: f"a {o.size} {NEW[o.colour]} {o.shape}"),
+    "three objects": three}
+
+
+@functools.lru_cache(maxsize=1)
+def training_set(model, groups):
+    """Scenes of the training set (of seed 0) and CLIP's embeddings of them, (N, D)."""
+    scenes = train_toy.World(groups).scenes
+    z = [model.encode_image(render_many(scenes[i:i + 500], 64)) for i in range(0, len(scenes), 500)]
+    return scenes, clip.unit(torch.cat(z))
+
+
+@functools.lru_cache(maxsize=1)
+def components(model, n):
+    """Mean and principal components of the embeddings of n images."""
+    images = render_many(some_scenes(9, n, split_of=None), 64)
+    return prior.principal_components(model.encode_image(images), keep=1.0)
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def mean(values):
+    """0 of nothing: weights that have learnt nothing get low numbers, not a traceback."""
+    return float(np.mean(values)) if len(values) else 0.0
+
+
+def fits(target, seen):
+    """Is all that a caption states right? "" is left open; without a relation in any order."""
+    if target.relation:
+        return train_toy.agrees(target, seen)
+    return len(target.objects) == len(seen.objects) and any(
+        all(getattr(a, name) in ("", getattr(b, name)) for a, b in zip(target.objects, order)
+            for name in ("colour", "shape", "size"))
+        for order in itertools.permutations(seen.objects))
+
+
+def attributes(scene):
+    scene = scene.canonical()
+    return {"number": len(scene.objects), "relation": scene.relation,
+            **{name: tuple(getattr(o, name) for o in scene.objects)
+               for name in ("colour", "shape", "size")}}
+
+
+def right(*names):
+    """-> the measure: in how many images these attributes are right."""
+    return lambda d: mean([all(attributes(a)[name] == attributes(b)[name] for name in names)
+                           for a, b in d.pairs])
+
+
+def rest_kept(d):
+    return right(*({"colour", "shape", "size"} - {d.setting.edit}))(d)
+
+
+def differ(a, b):
+    """Do two parsed scenes differ in place (1/64 of the side), size (5 %) or shade (a tenth)?"""
+    return len(a.objects) != len(b.objects) or any(
+        max(abs(s.x - t.x), abs(s.y - t.y)) > 1 / 64 or abs(s.r / t.r - 1) > 0.05
+        or abs(s.shade - t.shade) > 0.2
+        for s, t in zip(a.canonical().objects, b.canonical().objects))
+
+
+def switch_once(d):
+    """How many of the attributes in which the ends differ change exactly once on the way."""
+    once = []
+    for ends, row in zip(d.scenes, d.seen):
+        for name in ("colour", "shape", "size"):
+            (first, last), n = (attributes(end)[name] for end in ends), len(row)
+            way = [attributes(scene)[name] for scene in row]
+            if first != last:
+                once.append(any(way == [first] * i + [last] * (n - i) for i in range(1, n)))
+    return mean(once)
+
+
+def diversity(d):
+    """How far apart two images of a caption are, over that of two true images of it."""
+    rng = random.Random(0)
+    a, b = (render_many([train_toy.place(stated(s), rng) for s in d.scenes], d.size)
+            for _ in range(2))
+    return (d.images[:, 0] - d.images[:, 1]).square().mean() / (a - b).square().mean()
+
+
+def frechet(d, z):
+    """To ten times as many true images of other scenes."""
+    true = render_many(some_scenes(50 + d.seed, 10 * len(d.scenes)), 64)
+    return train_toy.frechet(z, clip.unit(d.model.encode_image(true)))
+
+
+def cosine(a, b):
+    return (clip.unit(a) * clip.unit(b)).sum(1).mean()
+
+
+def psnr(d):
+    true = render_many(d.scenes, d.images.shape[-1])
+    return mean([train_toy.psnr(x, y) for row, y in zip(d.images, true) for x in row])
+
+
+def mflop(d):
+    """Floating-point operations of one embedding, in millions."""
+    with FlopCounterMode(display=False) as counter:
+        draw_captions(d)
+    return counter.get_total_flops() / 1e6 / len(d.captions)
+
+
+COUNTED = {                                       # fractions, printed in %
+    "accuracy": lambda d: mean([fits(a, b) for a, b in d.pairs]),
+    "differ": lambda d: mean([differ(*row) for row in d.seen]),
+    "swapped": lambda d: mean([train_toy.agrees(train_toy.swaps(a)[1], b) for a, b in d.pairs]),
+    "reached": lambda d: right(d.setting.edit)(d), "rest kept": rest_kept,
+    "ends": lambda d: mean([fits(stated(end), x) for ends, row in zip(d.scenes, d.seen)
+                            for end, x in zip(ends, (row[0], row[-1]))]),
+    "switch once": switch_once,
+    **{name: right(name) for name in ("number", "relation", "colour", "shape", "size")}}
+MEASURED = {
+    "diversity": diversity, "PSNR": psnr, "Frechet distance": lambda d: frechet(d, d.z),
+    "Frechet distance of z_i": lambda d: frechet(d, d.z_i),
+    "IoU": lambda d: mean([iou for row, seen in zip(d.images, d.seen) for x, s in zip(row, seen)
+                           for iou, _ in train_toy.outline(x, s)]),
+    "cos(image, z_t)": lambda d: cosine(d.z, d.model.encode_text(d.captions).z_t),
+    "cos(z_i, true z_i)": lambda d: cosine(d.z_i, d.model.encode_image(d.true)),
+    "cos(z_i, z_t)": lambda d: cosine(d.z_i, d.model.encode_text(d.captions).z_t),
+    "cos(nearest training image)": lambda d: (
+        d.z @ training_set(d.model, 300 * len(d.scenes))[1].T).amax(1).mean(),
+    "MFLOP": mflop}
+MEASURES = COUNTED | MEASURED
+
+# ---------------------------------------------------------------- findings: what is varied
+
+
+@dataclass
+class Finding:
+    """A row of the table; its figure shows images, a row for each setting, or else curves."""
+    paper: str                                    # the figure or table it answers
+    title: str
+    settings: dict                                # {series: {x: Setting}}
+    words: str = ""                               # of each setting; [measure]: its number
+    said: tuple = ()                              # the settings in the sentence; (): all
+    more: Callable = lambda numbers: ""           # numbers -> the end of the sentence
+    scenes: dict = field(default_factory=dict)    # options of some_scenes
+    n: int = 20
+    curves: bool = False
+
+    def rows(self):
+        return {f"{series} {x}".strip(): setting for series, settings in self.settings.items()
+                for x, setting in settings.items()}
+
+
+def vary(name, values, **others):
+    """-> {value: Setting}"""
+    return {value: Setting(**others, **{name: value}) for value in values}
+
+
+def sampled(name, values, **others):
+    """-> {value: Setting with this option of unclip.Sampling}"""
+    return {value: Setting(sampling={name: value}, **others) for value in values}
+
+
+def components_needed(numbers):
+    """How many components win 80 % of what all win over none, which is a guess."""
+    ks, needed = FINDINGS["pca"].settings["k ="], {}
+    for name in ("number", "colour", "relation", "size", "shape"):
+        guess, *shares = (numbers[f"k = {k}: {name}"][0] for k in ks)
+        enough = [k for k, share in zip(list(ks)[1:], shares)
+                  if share - guess >= 0.8 * (shares[-1] - guess)]
+        needed[name] = min([*enough, 64])
+    return "components that win 80 % of what all 64 win over a guess: " + ", ".join(
+        f"{name} {k}" for name, k in sorted(needed.items(), key=lambda pair: pair[1]))
+
+
+def diversity_kept(numbers):
+    kept = {way: numbers[f"{way} 5.0: diversity"][0] / (numbers[f"{way} 1.0: diversity"][0] or 1)
+            for way in FINDINGS["guidance"].settings}
+    return "from scale 1 to 5 diversity changes by a factor of " + ", ".join(
+        f"{factor:.2f} ({way})" for way, factor in kept.items())
+
+
+ONE, PRIORS = {"two": False, "split_of": "train"}, ("diffusion prior", "AR prior")
+SHARP = {"condition": "true image embedding", "measures": ("accuracy", "Frechet distance")}
+NO_IMAGES = {"n": 0, "measures": ("Frechet distance of z_i",)}
+FINDINGS = {
+    "variations": Finding(
+        "Fig. 3", "Variations: z_i stays, DDIM with eta forgets x_T",
+        {"eta": vary("eta", (0.0, 0.25, 0.5, 1.0), condition="image", n=2,
+                     measures=("accuracy", "differ", "diversity", "PSNR"))},
+        "[accuracy] keep all that a caption states, [differ] differ in place, size or shade, "
+        "spread [diversity] of that of fresh images", ("eta 0.25", "eta 0.5", "eta 1.0"), n=67),
+    "interpolations": Finding(
+        "Fig. 4", "Interpolations: z_i and x_T are turned together",
+        {"": {"on the way": Setting("interpolation", 7, ("ends", "switch once"))}},
+        "[ends] of the ends come back; [switch once] of the attributes that differ switch exactly "
+        "once", scenes=ONE),
+    "text_diffs": Finding(
+        "Fig. 5", "Text diffs: z_i is turned towards the difference of two captions",
+        {kind: vary("strength", (0.25, 0.3, 0.4, 0.5), condition="image", edit=kind,
+                    measures=("reached", "rest kept")) for kind in ("colour", "shape", "size")},
+        "[reached] reach the target, [rest kept] keep the rest", scenes=ONE, n=67,
+        said=("colour 0.4", "shape 0.4", "size 0.4")),
+    "pca": Finding(
+        "Fig. 7", "Decoded from the first k principal components of z_i",
+        {"k =": vary("components", (0, 1, 2, 4, 6, 9, 14, 64), condition="image",
+                     measures=("number", "colour", "relation", "size", "shape"))},
+        more=components_needed),
+    "prior": Finding(
+        "Fig. 8, table 2", "What the decoder receives as image embedding",
+        {"": vary("condition", train_toy.CONDITIONS[1:], n=2, measures=(
+            "accuracy", "diversity", "Frechet distance", "cos(z_i, true z_i)", "cos(z_i, z_t)"))},
+        "[accuracy], cosine to the true z_i [cos(z_i, true z_i)], to z_t [cos(z_i, z_t)]",
+        curves=True),
+    "guidance": Finding(
+        "Fig. 9-11", "Guidance, with a prior and with the caption alone",
+        {way: sampled("guidance", (1.0, 2.0, 3.0, 5.0), condition=way, n=2,
+                      measures=("accuracy", "diversity"))
+         for way in ("diffusion prior", "caption alone")}, more=diversity_kept, curves=True),
+    "priors_cost": Finding(
+        "Table 1", "What one embedding costs",
+        {"": vary("condition", PRIORS, n=0, measures=("MFLOP",))},
+        "[MFLOP] MFLOP an embedding", curves=True),
+    "binding": Finding(
+        "Fig. 14, 15", "Which of the two is red?",
+        {"": vary("condition", ("true image embedding", "diffusion prior", "caption alone"),
+                  measures=("accuracy", "swapped"))},
+        "[accuracy] right, [swapped] with the colours exchanged",
+        scenes={"two": True, "keep": alike}),
+    "samplers": Finding(
+        "Sec. 2.2, app. C", "Samplers and their steps: of the decoder, and of the prior (z_i)",
+        {**{name: {k: Setting(sampling={"decoder_steps": k}, sampler=how, **SHARP)
+                   for k in (5, 10, 25, 50)} for name, how in {
+            "learned": {}, "fixed small": {"variance": "small"}, "fixed large": {
+                "variance": "large"}, "DDIM": {"variance": "small", "eta": 0.0}}.items()},
+         "prior, analytic": sampled("prior_steps", (5, 10, 25, 50), **NO_IMAGES),
+         "prior, fixed small": sampled("prior_steps", (5, 10, 25, 50), **NO_IMAGES,
+                                       sampler={"variance": "small"})},
+        "[accuracy]", tuple(f"{name} {k}" for name in (
+            "learned", "fixed small", "fixed large", "DDIM") for k in (10, 50)), curves=True),
+    "clip_guided": Finding(
+        "Sec. 6", "Gradient ascent on CLIP's similarity, and unCLIP",
+        {"": vary("condition", ("gradient ascent on CLIP", "diffusion prior"),
+                  measures=("accuracy", "cos(image, z_t)"))},
+        "[accuracy] right, cosine to the caption [cos(image, z_t)]", scenes={"two": False}),
+    "generalisation": Finding(
+        "(ours)", "Training captions, worded as in training and otherwise",
+        {"": vary("wording", WORDINGS)}, "[accuracy]", scenes=ONE),
+    "memorisation": Finding(
+        "(ours)", "Are training images drawn again?",
+        {"": vary("condition", ("true image", "diffusion prior", "nearest training image"),
+                  measures=("cos(nearest training image)",))},
+        "cosine to the nearest training image [cos(nearest training image)]",
+        ("true image", "diffusion prior")),
+}
+
+
+class Numbers(dict):
+    """{"setting: measure": (mean, standard deviation or None)}"""
+
+    def text(self, label, words):
+        """The words with each [measure] replaced by its number."""
+        def number(match):
+            value, spread = self[f"{label}: {match[1]}"]
+            if match[1] in COUNTED:
+                return f"{100 * value:.0f}{'' if spread is None else f' ± {100 * spread:.0f}'} %"
+            return f"{value:.3g}" + ("" if spread is None else f" ± {spread:.2g}")
+        return re.sub(r"\[(.+?)\]", number, words)
+
+
+def measure(models, finding, seeds, n=None, baseline=None):
+    """Every setting of a finding, scored on each seed (in turn by one of the models) -> Numbers."""
+    numbers = Numbers()
+    for label, setting in finding.rows().items():
+        runs = [score(models[seed % len(models)],
+                      some_scenes(seed, n or finding.n, **finding.scenes), setting, seed, baseline)
+                for seed in range(seeds)]
+        for name in setting.measures:
+            values = [run[name] for run in runs]
+            deviation = float(np.std(values, ddof=1)) if seeds > 1 else None
+            numbers[f"{label}: {name}"] = float(np.mean(values)), deviation
+    return numbers
+
+
+def sentence(finding, numbers):
+    said = finding.said or (finding.rows() if finding.words else ())
+    parts = [f"{label}: {numbers.text(label, finding.words)}" for label in said]
+    return "; ".join(filter(None, [*parts, finding.more(numbers)]))
+
+
+def draw_curves(path, finding, numbers):
+    """A chart for each measure: a curve for each series, or points if the settings have names."""
+    measures = dict.fromkeys(name for s in finding.rows().values() for name in s.measures)
+    figure, axes = plt.subplots(1, len(measures), figsize=(3.2 * len(measures), 3.4), squeeze=False)
+    for axis, name in zip(axes[0], measures):
+        for series, settings in finding.settings.items():
+            points = {str(x): numbers[f"{series} {x}".strip() + f": {name}"]
+                      for x, setting in settings.items() if name in setting.measures}
+            if points:
+                middle, spread = np.array(list(points.values()), float).T
+                axis.errorbar(list(points), middle, np.nan_to_num(spread), marker="o", markersize=3,
+                              capsize=2, linestyle="-" if series else "", label=series)
+        axis.set(title=name, ylim=(0, 1.05 * axis.get_ylim()[1]))
+        if series:
+            axis.legend(fontsize=7)
+        else:
+            axis.set_xticks(range(len(points)), [textwrap.fill(x, 12) for x in points], fontsize=5)
+    figure.suptitle(finding.title)
+    train_toy.save_figure(figure, path)
+
+
+def draw_grid(path, rows, columns, title, inches=0.9):
+    """{name of the row: images (B, 3, h, h)}, B names of columns -> a figure."""
+    size = inches * len(columns) + 1.3, inches * len(rows) + 1.1
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False)
+    for line, (name, images) in zip(axes, rows.items()):
+        line[0].set_ylabel(textwrap.fill(name, 18), fontsize=7, rotation=0, ha="right", va="center")
+        for axis, image in zip(line, images):
+            axis.imshow(unclip.to_pil(image), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[0], columns):
+        axis.set_title(textwrap.fill(name, int(18 * inches)), fontsize=6 + inches)
+    figure.suptitle(title, fontsize=9)
+    train_toy.save_figure(figure, path)
+
+
+def finding_grid(path, model, finding, baseline=None):
+    """A row for each setting and each of its images, a column for each of six scenes."""
+    scenes, rows = some_scenes(1, 6, **finding.scenes), {}
+    for label, setting in finding.rows().items():
+        d = draw(model, scenes, setting, 0, baseline)
+        if setting.condition == "image":
+            rows["the image"] = render_many(scenes, d.size)
+        for i in range(setting.n):
+            name = f"{i / (setting.n - 1):.2f} {label}" if setting.n > 2 else label + " again" * i
+            rows[name] = d.images[:, i]
+    columns = d.captions if d.setting.wording != "three objects" else [caption(s) for s in scenes]
+    draw_grid(path, rows, columns, finding.title)
+
+
+def figures(args):
+    """Draw and measure the paper's findings at toy scale: OUT/NAME.png, OUT/findings.json."""
+    def draw_figure(name, numbers, model, baseline):
+        path, finding = args.out / f"{name}.png", FINDINGS[name]
+        if finding.curves:
+            draw_curves(path, finding, numbers)
+        else:
+            finding_grid(path, model, finding, baseline)
+
+    found = measure_table(args, FINDINGS, "findings.json", args.seeds, "sentence", draw_figure)
+    print(table({"finding": None, "paper": "paper", "here": "sentence"}, found))
+
+
+def experiments(args):
+    """Measure the "change one thing" experiments on one seed: OUT/experiments.json."""
+    found = measure_table(args, EXPERIMENTS, "experiments.json", 1, "answer")
+    print(table({"experiment": None, "answer": "answer"}, found))
+
+
+def measure_table(args, rows, file, seeds, key, draw_figure=None):
+    """Measure the findings in args.only, or all -> what OUT/file then holds."""
+    model, file = unclip.load(args.weights), args.out / file
+    args.out.mkdir(parents=True, exist_ok=True)
+    baseline = unclip.load(args.baseline) if args.baseline else None
+    if baseline is None:
+        print('Without a --baseline "caption alone" is the same decoder with z_i = 0.')
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for name in args.only or rows:
+        start = time.process_time()
+        numbers = measure([model], rows[name], seeds, args.scenes, baseline)
+        if draw_figure:
+            draw_figure(name, numbers, model, baseline)
+        found[name] = {"paper": rows[name].paper, key: sentence(rows[name], numbers),
+                       "numbers": numbers, "date": time.strftime("%Y-%m-%d"),
+                       "seconds of one core": round(time.process_time() - start),
+                       "machine": f"{platform.machine()}, torch {torch.__version__}"}
+        print(f"{name}: {found[name][key]}", flush=True)
+        write_json(file, found)
+    return found
+
+
+def write_json(path, content):
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    unclip.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def table(columns, found):
+    """{heading: key of found's rows; None: their name} -> a table in Markdown."""
+    lines = [list(columns), ["---"] * len(columns)]
+    lines += [[name.replace("_", " ") if key is None else str(row[key]) for key in columns.values()]
+              for name, row in found.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# ---------------------------------------------------------------- experiments, gallery
+
+
+def experiment(settings, words="[accuracy] right", **others):
+    return Finding("", "", {"": settings}, words, n=32, **others)
+
+
+BOTH, SPREAD = {"n": 2, "measures": ("accuracy", "diversity")}, \
+    "[accuracy] right and diversity [diversity]"
+EXPERIMENTS = {
+    "guidance": experiment(sampled("guidance", (0.0, 1.0, 2.0, 5.0), **BOTH), SPREAD),
+    "decoder_steps": experiment(sampled("decoder_steps", (2, 5, 12, 50))),
+    "prior_steps": experiment(sampled("prior_steps", (1, 4, 16, 64))),
+    "other_prior": experiment(vary("condition", PRIORS, **BOTH), SPREAD),
+    "candidates": experiment(sampled("candidates", (1, 2, 8))),
+    "rerank": experiment(vary("rerank", (1, 2, 4))),
+    "prior_guidance": experiment(sampled("prior_guidance", (1.0, 2.0, 4.0))),
+    "no_prior": experiment(vary("condition", ("diffusion prior", "text embedding in its place",
+                                              "caption alone"))),
+    "enlarging": experiment(
+        {"bicubic": Setting("true image", upsample="bicubic", measures=("PSNR",)),
+         **sampled("upsampler_steps", ((1, 1), (2, 2), (10, 4)), condition="true image",
+                   upsample="network", measures=("PSNR",))}, "[PSNR] dB"),
+    "a_planted_bug": experiment({"ours": Setting(**BOTH), "with the bug": Setting(
+        bug="variance_times_noise", **BOTH)}, SPREAD),
+}
+GALLERY = ("a small red circle above a large blue square", "a large orange square",
+           "a large cyan circle left of a small purple cross",
+           "a small yellow circle below a large black cross",
+           "a large green square right of a small orange triangle", "a small blue triangle")
+
+
+def gallery(args):
+    """Draw six captions, the first images of the README: OUT/gallery.png."""
+    model = unclip.load(args.weights, unclip.pick_device(args.device))
+    images = model.sample(GALLERY, generator=torch.Generator().manual_seed(args.seed))
+    args.out.mkdir(parents=True, exist_ok=True)
+    draw_grid(args.out / "gallery.png", {"": images}, GALLERY, "", inches=2.0)
+    print("the parser reads: " + "; ".join(caption(train_toy.read(x)) for x in images))
+
+# ---------------------------------------------------------------- bounds of the losses (Bayes)
+
+
+def best_errors(alphabar, worlds, t):
+    """Between which numbers the lowest possible E|x0 - x0_hat|^2 / D at timestep t lies.
+
+    worlds (C, K, D): for each of C conditions K examples. If only these existed, the posterior mean
+    would be best; fewer possibilities are easier, so its error is a lower bound. The posterior mean
+    over one half, or the best linear map, tried on the other half: an upper bound.
+    """
+    ab, (known, new) = alphabar[t].float(), worlds.chunk(2, dim=1)         # (C, K / 2, D) each
+
+    def noised(x):
+        return ab.sqrt() * x + (1 - ab).sqrt() * torch.randn_like(x)
+
+    def error(true, among):
+        far = torch.cdist(noised(true), ab.sqrt() * among).square()        # (C, ., .)
+        return ((-far / (2 * (1 - ab))).softmax(2) @ among - true).square().mean()
+
+    # the best linear map (Wiener's filter)
+    centre = known.mean(1, keepdim=True)
+    off, true = (known - centre).flatten(0, 1), new - centre
+    power, basis = torch.linalg.eigh(off.T @ off / (len(off) - len(worlds)))
+    gain = ab.sqrt() * power.clamp(min=0) / (ab * power.clamp(min=0) + 1 - ab)           # (D,)
+    linear = ((noised(true) @ basis * gain) @ basis.T - true).square().mean()
+    return error(worlds, worlds), torch.minimum(error(new, known), linear)
+
+
+def loss_bounds(part, recipe, worlds, dropped):
+    """Bounds of a part's loss, if a fraction `dropped` of its rows has no condition: [low, high]"""
+    ab, times = part.alphabar, train_toy.draw_timesteps(recipe, part.config.T, 16)
+    times = torch.linspace(1, part.config.T, 16).long() if times is None else times
+    from_x0 = {"x0": torch.ones_like(ab), "v": 1 / (1 - ab), "eps": ab / (1 - ab)}
+    anything = worlds[:, ::max(1, worlds.numel() // 2 ** 19)].flatten(0, 1)
+    anything = anything[torch.randperm(len(anything))][None]               # (1, N, D)
+
+    told, untold = (torch.tensor([best_errors(ab, w, int(t)) for t in times])
+                    for w in (worlds, anything))                           # (16, 2)
+    weight = from_x0[part.config.predicts][times, None]
+    return (weight * ((1 - dropped) * told + dropped * untold)).mean(0).tolist()
+
+
+@torch.no_grad()
+def bounds(args):
+    """Print between which numbers the lowest possible losses of the toy's diffusion parts lie."""
+    model, rng, n = unclip.load(args.weights), random.Random(0), min(32, args.scenes or 32)
+    torch.manual_seed(0)
+    scenes = [train_toy.place(stated(scene), rng)
+              for scene in some_scenes(0, n, split_of="train") for _ in range(32)]
+    x = render_many(scenes, model.config.decoder.unet.size).flatten(1)
+    z = model.parts["diffusion_prior"].scale(model.encode_image(render_many(scenes, 64))).cpu()
+    for name, data, dropped in (("diffusion_prior", z, 0.1), ("decoder", x, 0.05)):
+        low, high = loss_bounds(model.parts[name], train_toy.TOY[name],
+                                data.unflatten(0, (-1, 32)), dropped)
+        print(f"{name}: between {low:.3f} and {high:.3f}")
+    print("The decoder's are without the variational bound, for a z_i that holds what captions do.")
+
+
+# ---------------------------------------------------------------- ablation: what each trick buys
+
+
+@dataclass
+class Trick:
+    """A training trick left out. `parts` are trained anew, the others are those with all tricks."""
+    parts: tuple
+    recipe: dict = field(default_factory=dict)    # changes of these parts' recipes
+    predicts: str = ""                            # what these parts predict
+    changes: dict = field(default_factory=dict)   # {"module.function": another one}
+    code: str = ""                                # its functions; "function:word": an if with it
+    condition: str = "diffusion prior"
+
+
+ALL, NETS = ("clip", "diffusion_prior", "decoder"), ("decoder", "upsampler1", "upsampler2")
+START, LOSS = train_toy.toy_start, decoder.Decoder.loss
+TRICKS = {
+    "muon": Trick((*ALL, "upsampler1", "upsampler2"), {"muon": 0.0}, code="Muon orthogonal"),
+    "uniformity": Trick(ALL, {"uniformity": 0.0}, code="uniformity_loss"),
+    "sinusoidal_start": Trick(ALL, code="toy_start:'clip'", changes={
+        "train_toy.toy_start": lambda name, *data: None if name == "clip" else START(name, *data)}),
+    "curriculum": Trick(ALL, code="World.curriculum", changes={
+        "train_toy.World.curriculum": lambda self, progress: 1.0,
+        "train_toy.World.two_relations": 0.0}),
+    "hard_negatives": Trick(ALL, code="hard_negatives edit", changes={
+        "train_toy.hard_negatives": lambda rng, two: [
+            train_toy.random_scene(rng, two=two, split_of="train") for _ in range(4)]}),
+    "whitened_start": Trick(("decoder",), {"start": False}, code="toy_start:'decoder'"),
+    "v_prediction": Trick(NETS, predicts="eps"),
+    "logit_normal": Trick(("decoder",), {"logit_normal": False}, code="draw_timesteps:logit"),
+    # no trick: a decoder trained on captions alone, whose checkpoint can be the --baseline
+    "z_i": Trick(("decoder",), condition="caption alone", changes={
+        "decoder.Decoder.loss": lambda self, x0, z_i, text, t=None: LOSS(
+            self, x0, torch.zeros_like(z_i), text, t)}),
+}
+
+
+def train_without(name, seed, args):
+    """One run, which goes on where it stopped -> UnCLIP. "nothing": with all tricks."""
+    trick, out = TRICKS.get(name, Trick(())), args.out / f"{name}-{seed}"
+    recipes, config = dict(train_toy.TOY), copy.deepcopy(unclip.PRESETS["toy"])
+    for part in trick.parts:
+        recipes[part] = replace(recipes[part], **trick.recipe)
+        own = getattr(config, part)
+        if trick.predicts:
+            own.predicts = trick.predicts
+
+    presets = {"train_toy.RECIPES": {"toy": recipes}, "unclip.PRESETS": {"toy": config}}
+    with patched(trick.changes | presets):
+        source, file = train_toy.World(args.groups, seed), out / "state.pt"
+        settings = train_toy.Settings(str(out), steps_scale=args.steps_scale, seed=seed)
+        if trick.parts and not file.exists():
+            # the other parts are those of the run with all tricks; the AR prior is not needed
+            base = torch.load(args.out / f"nothing-{seed}/state.pt", weights_only=True)
+            state = train_toy.open_run(source, settings, file, rank=0)
+            state["done"] = {part: weights for part, weights in base["done"].items()
+                             if part not in (*trick.parts, "ar_prior")}
+            out.mkdir(parents=True, exist_ok=True)
+            unclip.write_atomically(file, lambda f: torch.save(state, f))
+        only = list(trick.parts) or ["clip", "diffusion_prior", *NETS]
+        return train_toy.run(source, replace(settings, resume=file.exists(), only=only))
+
+
+def lines_of(code):
+    """How many lines a trick's functions and ifs have in train_toy.py."""
+    lines = 0
+    for name, _, word in (name.partition(":") for name in code.split()):
+        function = functools.reduce(getattr, name.split("."), train_toy)
+        node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        found = [x for x in ast.walk(node) if isinstance(x, ast.If) and word in ast.unparse(x.test)]
+        lines += sum(x.end_lineno - x.lineno + 1 for x in (found if word else [node]))
+    return lines
+
+
+def ablate(args):
+    """Train without each trick, over some seeds: a table, OUT/ablation.json and checkpoints."""
+    found = {}
+    for name in ["nothing", *(args.only or TRICKS)]:
+        models = [train_without(name, seed, args) for seed in range(args.seeds)]
+        trick = TRICKS.get(name, Trick(()))
+        setting = Setting(trick.condition, upsample="network", measures=("accuracy", "IoU"))
+        found[name] = {"trained anew": ", ".join(trick.parts),
+                       "lines of code": lines_of(trick.code)}
+        for row, scenes in (("two objects", {"two": True}), ("held out", {"split_of": "held-out"})):
+            finding = Finding("", "", {"": {row: setting}}, scenes=scenes, n=100)
+            numbers = measure(models, finding, args.seeds, args.scenes)
+            found[name] |= {f"{row}: {key}": numbers.text(row, f"[{key}]")
+                            for key in setting.measures}
+        write_json(args.out / "ablation.json", found)
+    print(table({"without": None, **{key: key for key in found["nothing"]}}, found))
+
+
+# ---------------------------------------------------------------- command line
+
+OPTIONS = {
+    "--scenes": {"type": unclip.number(2, 10 ** 6), "metavar": "N",
+                 "help": "for each seed (default: as the table has it; few make it quick)"},
+    "--out": {"type": Path, "help": "the folder to write into"},
+    "--seeds": {"type": unclip.positive, "metavar": "N", "help": "runs of each setting"},
+    "--weights": {"default": unclip.HERE / "weights/toy.pt", "metavar": "PATH", "help":
+                  "a checkpoint"},
+    "--baseline": {"metavar": "PATH", "help": "a checkpoint trained on captions alone"},
+    "--device": {"default": "cpu", "help": "cpu, cuda, mps"},
+    "--seed": {"type": unclip.seed, "default": 0, "metavar": "N", "help": "of all randomness"},
+    "--groups": {"type": unclip.positive, "default": 6000, "metavar": "N", "help":
+                 "groups of scenes to train on"},
+    "--steps-scale": {"type": unclip.finite, "default": 1.0, "metavar": "X", "help":
+                      "all training steps times X"}}
+# command: function, table, options, their defaults
+COMMANDS = {
+    "figures": (figures, FINDINGS, "--scenes --seeds --out --weights --baseline", {"seeds": 3}),
+    "experiments": (experiments, EXPERIMENTS, "--scenes --out --weights --baseline", {}),
+    "gallery": (gallery, {}, "--seed --out --weights --device", {}),
+    "bounds": (bounds, {}, "--scenes --weights", {}),
+    "ablate": (ablate, TRICKS, "--scenes --seeds --out --groups --steps-scale",
+               {"seeds": 2, "out": Path("runs/ablation")}),
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("findings.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command, (work, names, options, defaults) in COMMANDS.items():
+        sub = commands.add_parser(command, help=work.__doc__.split("\n")[0], allow_abbrev=False,
+                                  formatter_class=unclip.HelpFormatter)
+        for option in options.split():
+            sub.add_argument(option, **OPTIONS[option])
+        if names:
+            sub.add_argument("--only", nargs="+", choices=names, metavar="NAME",
+                             help=", ".join(names))
+        sub.set_defaults(work=work, **{"out": unclip.HERE / "pictures"} | defaults)
+    args = parser.parse_args(argv)
+    unclip.stop_on_error(args.work, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,658 @@
+"""Public weights: OpenAI's CLIP, Hugging Face's CLIP folders, and Karlo, the public unCLIP.
+
+    model = load_karlo("karlo-v1-alpha")             text to image, or image variations
+    model = load_clip("ViT-L-14.pt")                 or a folder with config.json and weights
+    tokenizer = load_tokenizer("bpe_simple_vocab_16e6.txt.gz")     or a folder, merges and vocab
+
+Karlo v1 alpha (Kakao Brain, 2022) differs from the paper in three networks: three subclasses. Then
+come the file formats, the tables of names, and the loaders. Nothing in a file is executed. Weights
+are mapped into memory where the format allows it, so loading needs one copy of them at most.
+"""
+import contextlib
+import copy
+import gzip
+import io
+import itertools
+import json
+import math
+import pickle
+import re
+import zipfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import clip
+import decoder
+import diffusion
+import prior
+import unclip
+
+# ---------------------------------------------------------------- Karlo's three networks
+
+
+class EmptyCaption:
+    """The null condition is the caption "" as CLIP encodes it: one row, kept with the weights."""
+
+    def make_empty(self, c):
+        self.register_buffer("empty_tokens", torch.zeros(1, c.context, dtype=torch.long))
+        self.register_buffer("empty_mask", torch.arange(c.context)[None] < 2)  # start and end
+        self.register_buffer("empty_z_t", torch.zeros(1, c.embed_dim))
+        self.register_buffer("empty_states", torch.zeros(1, c.context, c.text_width))
+
+    def null(self, text):
+        empty = clip.Text(*(getattr(self, f"empty_{name}") for name in clip.Text._fields))
+        return empty.map(lambda x: x.expand(len(text.tokens), *x.shape[1:]))
+
+
+@dataclass
+class KarloPriorConfig(prior.DiffusionPriorConfig):
+    vocab_size: int = 1             # unused
+    text_width: int = 768           # of CLIP's hidden states
+    clamp: float = 5.0              # of the predicted z_i, in the standardised space
+
+
+class KarloPrior(EmptyCaption, prior.DiffusionPrior):
+    """Receives CLIP's hidden states instead of tokens; z_i is standardised, but not normalised."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        del self.tok, self.pad
+        self.clamp = config.clamp
+        self.hidden_in = nn.Linear(config.text_width, config.width)
+        self.register_buffer("mean", torch.zeros(config.embed_dim))
+        self.register_buffer("std", torch.ones(config.embed_dim))
+        self.make_empty(config)
+
+    def scale(self, z):
+        return (z - self.mean) / self.std
+
+    def unscale(self, x):
+        return x * self.std + self.mean
+
+    def prefix(self, text):
+        dtype = self.pos.dtype
+        words = self.hidden_in(text.states.to(dtype))                          # (B, L, W)
+        return torch.cat([words, self.text_in(text.z_t.to(dtype))[:, None]], dim=1)
+
+    def attention_mask(self, text, rows):
+        causal = super().attention_mask(text, rows)
+        return causal & F.pad(text.mask, (0, 4), value=True)[:, None, None]    # (B, 1, rows, L + 4)
+
+
+@dataclass
+class KarloDecoderConfig(decoder.DecoderConfig):
+    vocab_size: int = 1             # unused, as are text_layers and text_heads
+    text_layers: int = 0
+    text_width: int = 768           # of CLIP's hidden states
+
+
+class KarloDecoder(EmptyCaption, decoder.Decoder):
+    """Receives CLIP's hidden states instead of those of a text Transformer of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        del self.text
+        X = config.unet.context_width
+        self.hidden_in, self.hidden_ln = nn.Linear(config.text_width, X), nn.LayerNorm(X)
+        self.text_emb = nn.Linear(config.embed_dim, 4 * config.unet.channels)
+        self.make_empty(config)
+
+    def scale(self, z):
+        return z                                       # as long as CLIP made it
+
+    def condition(self, z_i, text):
+        z_i = z_i.to(self.image_emb.weight.dtype)
+        tokens = self.image_tokens(z_i).unflatten(1, (4, -1))                  # (B, 4, X)
+        states = self.hidden_ln(self.hidden_in(text.states.to(z_i.dtype)))     # (B, L, X)
+        emb = self.image_emb(z_i) + self.text_emb(text.z_t.to(z_i.dtype))      # (B, E)
+        return emb, torch.cat([tokens, states], dim=1), F.pad(text.mask, (4, 0), value=True)
+
+
+class KarloUpsampler(decoder.Upsampler):
+    """Takes DDPM steps, not DDIM's, and the last of them with a second U-Net."""
+    eta = None
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.last = decoder.UNet(config.unet)
+
+    def forward(self, x_t, t, large):
+        last = t == 1 if isinstance(t, int) else bool((t == 1).all())
+        unet = self.last if last else self.unet
+        return unet(torch.cat([x_t, large], dim=1).to(unet.conv_in.weight.dtype), t).float()
+
+    def timesteps(self, steps):
+        return diffusion.spaced_timesteps(self.config.T, steps)
+
+
+CLASSES = {"clip": clip.CLIP, "diffusion_prior": KarloPrior, "decoder": KarloDecoder,
+           "upsampler1": KarloUpsampler}
+WIDTHS = dict(channels=320, mults=(1, 2, 3, 4), depth=3)
+PRESET = unclip.Config(
+    "karlo", clip.CLIPConfig(768, 224, 14, 1024, 24, 16, 49408, 77, 768, 12, 12),
+    KarloPriorConfig(embed_dim=768, context=77, width=2048, layers=20, heads=32), None,
+    KarloDecoderConfig(decoder.UNetConfig(size=64, attention=(32, 16, 8), context_width=1536,
+                                          dropout=0.1, **WIDTHS), embed_dim=768, context=77),
+    decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, out_channels=3,
+                                               scale_shift=False, **WIDTHS)), None,
+    unclip.Sampling(guidance=8.0, prior_guidance=4.0, prior_steps=25, decoder_steps=25,
+                    upsampler_steps=(7,), candidates=1))
+
+
+def build(device="cpu", dtype=torch.float32):
+    """Karlo with fresh weights; device "meta" gives shapes without memory."""
+    return unclip.UnCLIP(PRESET, {
+        name: unclip.build_part(CLASSES.get(name), config, device, dtype)
+        for name, config in vars(PRESET).items() if name in unclip.PARTS})
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def reading(path, kind):
+    """`with reading(path, "a JSON object"):` - what goes wrong is one sentence about the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {path}; expected {kind}") from None
+    except PermissionError:
+        raise PermissionError(f"{path} may not be read; change its permissions") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is refused: it holds more than tensors, or is no file of "
+                         "weights at all") from None
+    except Exception as error:                         # a damaged file may raise anything
+        name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        reason = f"{name}{error}".split("\n")[0]
+        raise ValueError(f"{path} is damaged or not {kind}: {reason}") from None
+
+
+def read_json(path, **wanted):
+    """A JSON file -> dict; see `expect`."""
+    with reading(path, "a JSON object, {...}"):
+        settings = dict(json.loads(path.read_bytes()).items())
+    expect(settings, path, **wanted)
+    return settings
+
+
+def expect(settings, path, **wanted):
+    """ValueError where `settings`, read from `path`, contradict what the code does."""
+    for name, value in wanted.items():
+        if settings.get(name, value) != value:
+            raise ValueError(f"{path} has {name} = {settings[name]!r}; only {value!r} fits here")
+
+
+class Weights(dict):
+    """{name: tensor} of one model, and the `path` of its file."""
+
+    def __init__(self, weights, path):
+        super().__init__(weights)
+        self.path = path
+
+    def __missing__(self, name):
+        raise ValueError(f"{self.path} lacks {name}; is it of another model, or cut short?")
+
+    def size(self, name, axis=0):
+        shape = self[name].shape
+        if axis >= len(shape) or shape[axis] == 0:
+            raise ValueError(f"{name} in {self.path} does not fit: it is {[*shape]}")
+        return shape[axis]
+
+    def count(self, name):
+        """How many layers there are: "blocks.{}.bias" counts blocks.0.bias, blocks.1.bias, ..."""
+        return next(n for n in itertools.count() if name.format(n) not in self)
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """A safetensors file -> {name: tensor}, views of the mapped file.
+
+    8 bytes: N, little-endian; N bytes of JSON {name: {dtype, shape, data_offsets}}; the data, one
+    tensor after the other without gaps.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        N = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(N, size)))
+    header.pop("__metadata__", None)
+    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + N:]
+
+    tensors, at = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        shape, (begin, end), dtype = entry["shape"], entry["data_offsets"], DTYPES[entry["dtype"]]
+        if begin != at or end - begin != math.prod(shape) * dtype.itemsize or end > len(data):
+            raise ValueError(f"{name} is said to be {dtype} {shape} at {begin}..{end}; expected it "
+                             f"from byte {at} on, of {len(data)}; is it cut short?")
+        aligned = (8 + N + begin) % dtype.itemsize == 0        # else numbers cannot be read there
+        raw, at = data[begin:end], end
+        tensors[name] = (raw if aligned else raw.clone()).view(dtype).view(shape)
+    if at != len(data):
+        raise ValueError(f"it goes on for {len(data) - at} bytes after its last tensor")
+    return tensors
+
+
+class ArchiveReader(pickle.Unpickler):
+    """Reads the tensors of a TorchScript archive, and refuses to look up anything else.
+
+    Note: torch.jit.load would run what an archive defines as __setstate__.
+    """
+    known = {"torch._utils._rebuild_tensor_v2":
+             lambda data, start, shape, stride, *_: data.as_strided(shape, stride, start),
+             "torch.jit._pickle.restore_type_tag": lambda value, tag: value,
+             "collections.OrderedDict": dict}
+    for kind in ("int", "double", "bool", "tensor"):
+        known[f"torch.jit._pickle.build_{kind}list"] = list
+    for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int"):
+        known[f"torch.{kind}Storage"] = getattr(torch, kind.lower())
+
+    def __init__(self, archive, folder):
+        super().__init__(io.BytesIO(archive.read(f"{folder}/data.pkl")))
+        self.archive, self.folder = archive, folder
+
+    def find_class(self, module, name):
+        if module.startswith("__torch__"):             # a module: its attributes, none of its code
+            return SimpleNamespace
+        if f"{module}.{name}" not in self.known:
+            raise pickle.UnpicklingError
+        return self.known[f"{module}.{name}"]
+
+    def persistent_load(self, key):
+        _, dtype, number, _, _ = key                   # "storage", dtype, number, device, count
+        data = bytearray(self.archive.read(f"{self.folder}/data/{number}"))
+        return torch.frombuffer(data, dtype=dtype)
+
+    def tensors(self, module, prefix=""):
+        """A module and all modules within -> (name, tensor) pairs."""
+        for name, value in vars(module).items():
+            if isinstance(value, SimpleNamespace):
+                yield from self.tensors(value, f"{prefix}{name}.")
+            elif torch.is_tensor(value):
+                yield prefix + name, value
+
+
+def read_pickle(path):
+    """What torch.save or TorchScript wrote, without running any of its code."""
+    is_zip = zipfile.is_zipfile(path)                  # torch.save of long ago wrote no zip
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            folder = archive.namelist()[0].split("/")[0]
+            if f"{folder}/constants.pkl" in archive.namelist():                # TorchScript
+                reader = ArchiveReader(archive, folder)
+                return dict(reader.tensors(reader.load()))
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def read_weights(path):
+    """A .safetensors, torch.save or TorchScript file -> Weights, on the CPU.
+
+    {"state_dict": ...} is unwrapped, and the prefixes of DataParallel and torch.compile dropped.
+    """
+    path = Path(path)
+    safe = path.suffix == ".safetensors"
+    with reading(path, f"a {'safetensors ' * safe}file of weights"):
+        weights = read_safetensors(path) if safe else read_pickle(path)
+        weights = weights.get("state_dict", weights)
+        if not all(map(torch.is_tensor, weights.values())):
+            raise ValueError("expected {name: tensor}")
+        return Weights({re.sub(r"(?<![^.])(module|_orig_mod)\.", "", name): w.detach()
+                        for name, w in weights.items()}, path)
+
+
+def read_folder(folder, **wanted):
+    """A model's folder, as Hugging Face's libraries write it -> Weights, settings; see `expect`."""
+    settings = read_json(folder / "config.json", **wanted)
+    paths = [path for end in ("", ".fp16") for kind in ("safetensors", "bin")
+             for more in ("", ".index.json") for path in folder.glob(f"*model{end}.{kind}{more}")]
+    if not paths:
+        raise FileNotFoundError(f"there are no weights in {folder}, such as model.safetensors")
+
+    weights, files = Weights({}, paths[0]), [paths[0].name]
+    if weights.path.suffix == ".json":                 # {"weight_map": {name: file}}
+        with reading(weights.path, "an index of files of weights"):
+            files = sorted({Path(x).name for x in read_json(weights.path)["weight_map"].values()})
+    for name in files:
+        weights.update(read_weights(folder / name))
+    return weights, settings
+
+
+# ---------------------------------------------------------------- names
+# A row (pattern, theirs) is a re.sub from our name to theirs; all rows apply, in order. Where more
+# than the name differs, a third entry changes the weight. "" is a name that no file has.
+
+OPENAI = [
+    (r"^text\.proj", "text_projection"), (r"^text\.ln_out", "ln_final"), (r"^text\.", ""),
+    (r"^image\.", "visual."), ("patch", "conv1"), ("cls", "class_embedding"),
+    (r"\btok\b", "token_embedding"), (r"\bpos$", "positional_embedding"), ("ln_in", "ln_pre"),
+    ("ln_out", "ln_post"), ("blocks", "transformer.resblocks"), (r"\bln(\d)", r"ln_\1"),
+    (r"qkv\.", "attn.in_proj_"), (r"(\d)\.proj", r"\1.attn.out_proj"), ("fc1", "mlp.c_fc"),
+    ("fc2", "mlp.c_proj")]
+HUGGING_FACE = [
+    (r"^image\.proj", "visual_projection.weight", torch.t),
+    (r"^text\.proj", "text_projection.weight", torch.t),
+    (r"^image\.ln_in", "vision_model.pre_layrnorm"),                           # sic
+    (r"^image\.ln_out", "vision_model.post_layernorm"), (r"^image\.", "vision_model."),
+    (r"^text\.", "text_model."), ("ln_out", "final_layer_norm"),
+    ("patch", "embeddings.patch_embedding"), ("cls", "embeddings.class_embedding"),
+    (r"\btok\b", "embeddings.token_embedding"),
+    (r"\bpos$", "embeddings.position_embedding.weight"), ("blocks", "encoder.layers"),
+    (r"\bln(\d)", r"layer_norm\1"), ("qkv", "self_attn.{q,k,v}_proj"),
+    (r"(\d)\.proj", r"\1.self_attn.out_proj"), (r"\bfc", "mlp.fc")]
+TIME = [(r"time\.0", "time_embedding.linear_1"), (r"time\.2", "time_embedding.linear_2")]
+PRIOR = TIME + [
+    ("^(cov|empty_).*", ""), ("hidden_in", "encoder_hidden_states_proj"),
+    ("text_in", "embedding_proj"), ("image_in", "proj_in"), ("query", "prd_embedding"),
+    ("^pos", "positional_embedding"), ("^(mean|std)", r"clip_\1"), ("ln_out", "norm_out"),
+    (r"^out\b", "proj_to_clip_embeddings"), ("^blocks", "transformer_blocks"), ("ln1", "norm1"),
+    ("ln2", "norm3"), ("qkv", "attn1.to_{q,k,v}"), (r"\.proj", ".attn1.to_out.0"),
+    ("fc1", "ff.net.0.proj"), ("fc2", "ff.net.2")]
+UNET = TIME + [                                        # both list the upsampling path deepest first
+    ("norm_out", "conv_norm_out"), (r"^(down|up)(.*)resample", r"\1\2\1samplers.0"),
+    ("^(down|up)", r"\1_blocks"), (r"\.res\.", ".resnets."), (r"\.attn\.", ".attentions."),
+    ("mid_res1", "mid_block.resnets.0"), ("mid_attn", "mid_block.attentions.0"),
+    ("mid_res2", "mid_block.resnets.1"), (r"\.emb\.", ".time_emb_proj."),
+    (r"\.skip\.", ".conv_shortcut."), (r"(attentions\.\d+)\.norm", r"\1.group_norm"),
+    (r"(attentions\.\d+)\.proj", r"\1.to_out.0"), ("qkv", "to_{q,k,v}"),
+    (r"\.context\.", ".add_{k,v}_proj.")]
+TEXT_PROJ = [
+    ("^(unet|empty_).*", ""), ("null_image", "learned_classifier_free_guidance_embeddings"),
+    ("^image_emb", "clip_image_embeddings_project_to_time_embeddings"),
+    ("^text_emb", "embedding_proj"), ("^hidden_in", "encoder_hidden_states_proj"),
+    ("^hidden_ln", "text_encoder_hidden_states_norm"),
+    ("^image_tokens", "clip_extra_context_tokens_proj",                # rows: 4 channel + token
+     lambda w: w.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1))]
+
+
+def their_names(table, ours):
+    """Our name -> the names in their file, and a change to be made. {q,k,v} are several names."""
+    name, change = ours, lambda w: w
+    for pattern, theirs, *more in table:
+        if re.search(pattern, name):
+            name, change = re.sub(pattern, theirs, name), more[0] if more else change
+    before, *several = re.split(r"\{(.*)\}", name)
+    if several:
+        return [before + one + several[1] for one in several[0].split(",")], change
+    return [name] if name else [], change
+
+
+def rename(module, table, weights):
+    """{our name: others' weight} for `module`. Each has to fit, and none may be left over."""
+    renamed, left = {}, set(weights)
+    for ours, target in module.state_dict().items():
+        names, change = their_names(table, ours)
+        if not names:
+            continue
+        left -= {*names}
+        parts = [weights[name] for name in names]
+        with reading(weights.path, f"a file whose {names[0]} fits here"):
+            got = change(torch.cat(parts) if len(parts) > 1 else parts[0])
+            got = got.reshape(got.shape[-target.ndim:])                # theirs may be (1, ...)
+        if got.shape != target.shape or not got.is_floating_point():
+            raise ValueError(f"{names[0]} in {weights.path} does not fit: it gives {got.dtype} "
+                             f"{[*got.shape]}, {ours} is {[*target.shape]}")
+        renamed[ours] = got
+
+    if left:
+        raise ValueError(f"{weights.path} holds {min(left)}, too; is it of another model?")
+    return renamed
+
+
+def fill(kind, config, files, **more):
+    """A network of others' weights, in their files' memory. files: {part: (table, Weights)}."""
+    folder = next(iter(files.values()))[1].path.parent
+    with reading(folder, "of a network that is built here"), torch.device("meta"):
+        model = kind(unclip.config_from(type(config), asdict(config), kind.__name__))
+
+    for part, (table, weights) in files.items():
+        for name, w in rename(model.get_submodule(part), table, weights).items():
+            if not torch.stack(w.aminmax()).isfinite().all():
+                raise ValueError(f"{name} in {weights.path} is not finite; is the file damaged?")
+            more[f"{part}.{name}" if part else name] = w
+    model.load_state_dict(more, assign=True)
+    return model.eval()
+
+
+def place(model, device, dtype):
+    """Weights move one at a time, and those that stay as they are stay in their file."""
+    for p in model.parameters():
+        p.data = p.data.to(device, dtype)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------- CLIP and its tokenizer
+
+# What OpenAI published: width, layers, patch and px of the image encoder, text width, layers, D.
+OPENAIS = [(768, 12, 32, 224, 512, 12, 512), (768, 12, 16, 224, 512, 12, 512),
+           (1024, 24, 14, 224, 768, 12, 768), (1024, 24, 14, 336, 768, 12, 768)]
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size",
+              "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+
+
+def load_clip(path, device="cpu", dtype=torch.float32):
+    """OpenAI's ViT-*.pt, a state dict with its names, or a Hugging Face CLIP folder -> clip.CLIP.
+
+    A folder may hold one half alone.   ValueError or OSError, naming the file, for anything else.
+    """
+    path, table, settings = Path(path), OPENAI, {}
+    if path.is_dir():
+        table, (weights, settings) = HUGGING_FACE, read_folder(path)
+    else:
+        weights = read_weights(path)
+    for name in NO_WEIGHTS:
+        weights.pop(name, None)
+    if any(name.startswith("visual.layer1.") for name in weights):
+        raise ValueError(f"{path} is a ResNet CLIP, which is not built here; take a ViT-*.pt")
+
+    c = clip_config(weights, table, settings, path / "config.json")
+    known = (c.image_width, c.image_layers, c.patch, c.image_size, c.text_width, c.text_layers,
+             c.embed_dim) in OPENAIS or max(c.image_width, c.text_width) < 256
+    if table is OPENAI and (not known or (path.parent / "open_clip_config.json").exists()):
+        raise ValueError(f"{path} is none of OpenAI's CLIPs, and weights alone leave heads and "
+                         "activation open; take its Hugging Face folder, with config.json")
+    if not c.image_layers or not c.text_layers:        # half a model, without a temperature:
+        weights["logit_scale"] = torch.tensor(math.log(100.0))     # where OpenAI's training ended
+    return place(fill(clip.CLIP, c, {"": (table, weights)}), device, dtype)
+
+
+def clip_config(weights, table, settings, there):
+    """Sizes from the shapes of the weights; heads from the settings, or width / 64 without any."""
+    def size(ours, axis=0):
+        (name,), change = their_names(table, ours)
+        return weights.size(name, 1 - axis if change is torch.t else axis)
+
+    c = clip.CLIPConfig(image_layers=0, text_layers=0)
+    for half, key, heads in (("image", "vision_config", 12), ("text", "text_config", 8)):
+        first = their_names(table, f"{half}.blocks.0.ln1.bias")[0][0]
+        layers = weights.count(first.replace(".0.", ".{}."))
+        if not layers and (half == "image" or c.image_layers):
+            continue                                   # the other half alone
+
+        width = size(f"{half}.ln_out.bias")
+        with reading(there, "a configuration of CLIP"):
+            stated = {"num_attention_heads": heads} | settings.get(key, settings)
+        expect(stated, there, hidden_size=width, num_hidden_layers=layers, layer_norm_eps=1e-5,
+               hidden_act="quick_gelu")
+        c = replace(c, embed_dim=size(f"{half}.proj", 1), **{
+            f"{half}_width": width, f"{half}_layers": layers,
+            f"{half}_heads": stated["num_attention_heads"] if settings else max(1, width // 64)})
+
+        if half == "image":
+            c.patch = size("image.patch.weight", 3)
+            c.image_size = c.patch * math.isqrt(size("image.pos") - 1)
+        else:
+            c.vocab_size, c.context = size("text.tok.weight"), size("text.pos")
+            end = 2 if stated.get("eos_token_id") == 2 else c.vocab_size - 1       # OpenAI's slip
+            expect(stated, there, vocab_size=c.vocab_size, eos_token_id=end)
+    return c
+
+
+def load_tokenizer(path):
+    """bpe_simple_vocab_16e6.txt or .txt.gz, or a folder with vocab.json and merges.txt."""
+    path, vocab = Path(path), None
+    if path.is_dir():
+        path, vocab = path / "merges.txt", read_json(path / "vocab.json")
+    with reading(path, "a merges file such as bpe_simple_vocab_16e6.txt.gz"):
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        header, *lines = [line.strip() for line in text.split("\n")[:48895]]   # CLIP reads no more
+        if {*header.split()} <= {*clip.ALPHABET}:      # empty, or a merge already
+            raise ValueError("it does not begin with a header line")
+        merges = [line for line in lines if line]
+        check_vocabulary(merges, vocab)
+        return clip.Tokenizer(merges, vocab)
+
+
+def check_vocabulary(merges, vocab=None):
+    """ValueError unless the vocabulary has all bytes, merges and their parts, with ids 0, 1, ..."""
+    pairs = [merge.split(" ") for merge in merges]
+    if wrong := [merge for merge, pair in zip(merges, pairs) if len(pair) != 2]:
+        raise ValueError(f"expected merges like 'th e</w>', got {wrong[0]!r}")
+    needed = [*clip.ALPHABET, *map("".join, pairs), clip.START, clip.END]
+    known = {*(needed if vocab is None else vocab)}
+    if missing := [token for token in itertools.chain(needed, *pairs) if token not in known]:
+        raise ValueError(f"the vocabulary lacks {missing[0]!r}; are these of the same model?")
+    ids = list((vocab or {}).values())
+    if {*map(type, ids)} - {int} or sorted(ids) != [*range(len(ids))]:
+        raise ValueError("expected a vocabulary with the ids 0, 1, 2, ... once each")
+
+
+def check_tokenizer(tokenizer, config, path):
+    """ValueError if the vocabulary read from `path` is not that of the text encoder."""
+    if len(tokenizer) != config.vocab_size or tokenizer.end != len(tokenizer) - 1:
+        raise ValueError(f"{path} has {len(tokenizer)} tokens (the end is {tokenizer.end}), the "
+                         f"text encoder {config.vocab_size}; they are not of the same model")
+
+
+def open_clip(weights, vocab, device):
+    """CLIP and its tokenizer for `python clip.py`; weights may be a folder that holds both."""
+    if not weights or not vocab and not Path(weights).is_dir():
+        raise ValueError("expected --weights and --vocab (such as bpe_simple_vocab_16e6.txt.gz), "
+                         "or as --weights a folder that holds both")
+    model, tokenizer = load_clip(weights, device), load_tokenizer(vocab or weights)
+    check_tokenizer(tokenizer, model.config, vocab or weights)
+    return model, tokenizer
+
+
+# ---------------------------------------------------------------- Karlo's folder
+
+
+def load_karlo(folder, device="cpu", dtype=torch.float32, clip_path=None):
+    """A Karlo folder, as Hugging Face's diffusers keeps it -> UnCLIP.
+
+    karlo-v1-alpha (from text), or karlo-v1-alpha-image-variations (an image encoder, no prior).
+    clip_path: OpenAI's ViT-L-14.pt or a CLIP folder; its image half joins the folder's text half.
+    ValueError or FileNotFoundError, naming the file, where a part is missing or does not fit.
+    """
+    folder, where = Path(folder), (device, dtype)
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if kind not in ("UnCLIPPipeline", "UnCLIPImageVariationPipeline"):
+        raise ValueError(f"{folder / 'model_index.json'} is of a {kind}; expected UnCLIPPipeline "
+                         "or UnCLIPImageVariationPipeline, a Karlo folder")
+
+    model = load_clip(folder / "text_encoder", *where)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    check_tokenizer(tokenizer, model.config, folder / "tokenizer")
+    if clip_path is not None or (folder / "image_encoder").is_dir():
+        add_image_encoder(model, clip_path or folder / "image_encoder", *where)
+
+    # the null condition
+    tokens = tokenizer("", model.config.context).to(device)
+    mask = clip.token_mask(tokens, tokenizer.end)
+    with torch.no_grad():
+        text = clip.Text(tokens, mask, *model.encode_text(tokens))
+    empty = {f"empty_{name}": x for name, x in text._asdict().items()}
+
+    parts = dict.fromkeys(unclip.PARTS) | {"clip": model}
+    if kind == "UnCLIPPipeline":
+        parts["diffusion_prior"] = load_prior(folder, model.config, empty)
+    parts["decoder"] = load_decoder(folder, model.config, empty)
+    parts["upsampler1"] = load_upsampler(folder, 4 * parts["decoder"].config.unet.size)
+    parts = {name: part and place(part, *where) for name, part in parts.items()}
+    configs = {name: part and part.config for name, part in parts.items()}
+    return unclip.UnCLIP(replace(copy.deepcopy(PRESET), **configs), parts, tokenizer)
+
+
+def add_image_encoder(model, path, device, dtype):
+    """Give a CLIP without image encoder that of the CLIP at `path`."""
+    other = load_clip(path, device, dtype)
+    if other.image is None or other.config.embed_dim != model.config.embed_dim:
+        raise ValueError(f"{path} has no image encoder that fits: expected a CLIP with embeddings "
+                         f"of {model.config.embed_dim} numbers")
+    if other.text is not None:                         # the same CLIP, up to rounding?
+        a, b = other.text.proj, model.text.proj
+        if a.shape != b.shape or (a - b).norm() > 0.02 * b.norm():
+            raise ValueError(f"{path} is another CLIP than the folder's text_encoder, so its images"
+                             " lie elsewhere; Karlo's is ViT-L-14.pt")
+    model.image, model.logit_scale = other.image, other.logit_scale
+    model.config = replace(model.config, patch=other.config.patch, **{
+        name: value for name, value in vars(other.config).items() if name.startswith("image_")})
+
+
+def check_schedule(folder, variance, prediction, clamp):
+    read_json(folder / "scheduler_config.json", beta_schedule="squaredcos_cap_v2", clip_sample=True,
+              num_train_timesteps=1000, variance_type=variance, prediction_type=prediction,
+              clip_sample_range=clamp)
+
+
+def load_prior(folder, c, empty):
+    """prior/ and prior_scheduler/ -> KarloPrior. c: CLIP's configuration."""
+    check_schedule(folder / "prior_scheduler", "fixed_small_log", "sample", 5)
+    weights, stated = read_folder(folder / "prior", embedding_dim=c.embed_dim, added_emb_type="prd",
+                                  time_embed_act_fn="silu")
+    layers = weights.count("transformer_blocks.{}.norm1.bias")
+    expect(stated, folder / "prior/config.json", num_layers=layers)
+    with reading(folder / "prior/config.json", "the configuration of a prior"):
+        heads = stated["num_attention_heads"]
+        config = KarloPriorConfig(
+            embed_dim=c.embed_dim, context=c.context, text_width=c.text_width, layers=layers,
+            heads=heads, width=heads * stated["attention_head_dim"])
+    return fill(KarloPrior, config, {"": (PRIOR, weights)}, cov=torch.zeros(config.T + 1), **empty)
+
+
+def read_unet(folder, **wanted):
+    """A folder with a U-Net of diffusers -> Weights, UNetConfig."""
+    weights, stated = read_folder(
+        folder, act_fn="silu", norm_eps=1e-5, norm_num_groups=32, flip_sin_to_cos=True,
+        freq_shift=0, center_input_sample=False, time_embedding_type="positional",
+        time_embedding_act_fn=None, timestep_post_act=None, mid_block_scale_factor=1,
+        resnet_out_scale_factor=1, resnet_skip_time_act=False, **wanted)
+    depth = weights.count("down_blocks.0.resnets.{}.conv1.bias")
+    expect(stated, folder / "config.json", layers_per_block=depth)
+
+    with reading(folder / "config.json", "the configuration of a U-Net that is built here"):
+        size, widths = stated["sample_size"], stated["block_out_channels"]
+        attend = [i for i, kind in enumerate(stated["down_block_types"]) if "CrossAttn" in kind]
+        return weights, decoder.UNetConfig(
+            size, stated["in_channels"], stated["out_channels"], widths[0],
+            tuple(width // widths[0] for width in widths), depth,
+            tuple(size // 2 ** i for i in attend), stated["attention_head_dim"] if attend else 64,
+            stated["cross_attention_dim"] if attend else 0,
+            scale_shift=stated["resnet_time_scale_shift"] == "scale_shift")
+
+
+def load_decoder(folder, c, empty):
+    """decoder/, text_proj/ and decoder_scheduler/ -> KarloDecoder. c: CLIP's configuration."""
+    check_schedule(folder / "decoder_scheduler", "learned_range", "epsilon", 1)
+    weights, unet = read_unet(folder / "decoder", class_embed_type="identity")
+    more, _ = read_folder(folder / "text_proj", clip_extra_context_tokens=4)
+    config = KarloDecoderConfig(unet, embed_dim=c.embed_dim, context=c.context,
+                                text_width=c.text_width)
+    return fill(KarloDecoder, config, {"unet": (UNET, weights), "": (TEXT_PROJ, more)}, **empty)
+
+
+def load_upsampler(folder, size):
+    """super_res_first/, super_res_last/, super_res_scheduler/ -> KarloUpsampler, to `size` px."""
+    check_schedule(folder / "super_res_scheduler", "fixed_small_log", "epsilon", 1)
+    (first, unet), (last, _) = (
+        read_unet(folder / name, sample_size=size, add_attention=False, class_embed_type=None)
+        for name in ("super_res_first", "super_res_last"))
+    return fill(KarloUpsampler, decoder.UpsamplerConfig(unet),
+                {"unet": (UNET, first), "last": (UNET, last)})
