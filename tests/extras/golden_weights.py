@@ -1,8 +1,7 @@
 """The golden files: other people's networks with made-up weights, and what came out of them.
 
 Their weights and noise are functions of names; each file says in `about` and `source` what it is.
-The layouts here are the original projects' own; those of Hugging Face's libraries are read by the
-chapters themselves.
+The layouts here are the original projects' own; extras/karlo.py reads those of Hugging Face's.
 """
 import math
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def fill(name, shape, gain=1.0, salt=""):

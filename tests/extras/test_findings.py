@@ -1,0 +1,145 @@
+"""extras/findings.py: what is measured is what it is called, and every row of its tables runs."""
+import copy
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "extras"))
+import findings
+import train_toy
+import unclip
+from findings import Setting
+
+QUICK = {"priors_cost", "binding", "clip_guided"}
+
+
+@pytest.fixture
+def scenes():
+    return findings.some_scenes(0, 3, two=False)
+
+
+@pytest.fixture(params=["committed", "fresh"])
+def weights(request, toy, tmp_path, monkeypatch):
+    """The committed weights, or some that have learnt nothing."""
+    monkeypatch.setattr(findings, "STEPS", 2)
+    model = toy
+    if request.param == "fresh":
+        model = unclip.build("toy")
+        model.tokenizer, model.words = toy.tokenizer, toy.words
+    model = copy.copy(model)
+    model.config = replace(model.config, sampling=replace(model.config.sampling, decoder_steps=2))
+    model.save(tmp_path / "weights.pt")
+    return tmp_path / "weights.pt"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.long)
+    for name in findings.FINDINGS])
+def test_every_finding_draws_a_figure_and_gives_numbers_even_if_nothing_was_learnt(
+        name, weights, tmp_path, capsys):
+    findings.main(["figures", "--only", name, "--scenes", "2", "--seeds", "2", "--weights",
+                   str(weights), "--out", str(tmp_path)])
+    row = json.loads((tmp_path / "findings.json").read_text())[name]
+    assert (tmp_path / f"{name}.png").stat().st_size > 3000
+    assert row["sentence"] in capsys.readouterr().out and "nan" not in json.dumps(row).lower()
+    assert all(abs(x) < 1e9 for pair in row["numbers"].values() for x in pair)
+
+
+@pytest.mark.long
+def test_the_other_commands_run(weights, tmp_path, capsys):
+    where = ["--scenes", "2", "--weights", str(weights)]
+    findings.main(["experiments", *where, "--out", str(tmp_path)])
+    findings.main(["bounds", *where])
+    findings.main(["gallery", *where[2:], "--out", str(tmp_path)])
+    findings.main(["ablate", "--scenes", "2", "--out", str(tmp_path), "--groups", "40", "--seeds",
+                   "1", "--steps-scale", "0.002", "--only", "z_i", "curriculum", "v_prediction"])
+    assert "| v prediction | decoder, upsampler1, upsampler2 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_caption_alone_never_sees_an_image(toy, scenes):
+    """The same captions, other true images: only what receives the true z_i may change."""
+    moved = [train_toy.place(s, findings.random.Random(7)) for s in scenes]
+    for condition, same in (("caption alone", True), ("true image embedding", False)):
+        a, b = (findings.draw(toy, some, Setting(condition)).images for some in (scenes, moved))
+        assert torch.equal(a, b) == same, f"{condition}: did its z_i come from an image?"
+
+
+@pytest.mark.slow
+def test_a_baseline_draws_the_caption_alone_and_nothing_else(toy, scenes):
+    fresh = copy.copy(toy)
+    fresh.parts = toy.parts | {"decoder": unclip.build("toy").parts["decoder"]}
+    for condition, same in (("caption alone", False), ("text embedding in its place", True)):
+        a, b = (findings.draw(toy, scenes, Setting(condition), 0, baseline).images
+                for baseline in (None, fresh))
+        assert torch.equal(a, b) == same, condition
+
+
+def measured(toy, scenes, name, images):
+    drawn = findings.SimpleNamespace(model=toy, scenes=scenes, images=images, size=images.shape[-1])
+    return float(findings.MEASURES[name](drawn))
+
+
+def test_psnr_has_a_peak_of_2_and_diversity_is_1_for_true_images(toy, scenes):
+    true = train_toy.render_many(scenes, 16)[:, None]
+    assert measured(toy, scenes, "PSNR", true + 0.2) == pytest.approx(20.0, abs=1e-3), "peak 1?"
+    rng, many = findings.random.Random(1), scenes * 100
+    again = [train_toy.render_many([train_toy.place(s, rng) for s in many], 16) for _ in range(2)]
+    assert measured(toy, many, "diversity", torch.stack(again, 1)) == pytest.approx(1.0, abs=0.15)
+
+
+def test_frechet_distances_of_gaussians_are_the_closed_form():
+    """|m - m'|^2 + sum (s - s')^2, if the covariances are diagonal."""
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 3)            # (8, 3)
+    unit = corners * (7 / 8) ** 0.5                                        # covariance: identity
+    a, b = unit * torch.tensor([1.0, 2, 3]), 4 + unit * torch.tensor([2.0, 2, 1])
+    assert train_toy.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    assert train_toy.frechet(a, b) == pytest.approx(3 * 16 + 1 + 0 + 4), "a root too few?"
+
+
+def test_rows_of_a_figure_are_settings_and_columns_scenes(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(train_toy, "save_figure", lambda figure, path: kept.append(figure))
+    rows = {"first": torch.full((3, 3, 4, 4), -1.0), "second": torch.full((3, 3, 4, 4), 1.0)}
+    findings.draw_grid(tmp_path / "a.png", rows, ["a", "b", "c"], "title")
+    axes = kept[0].axes
+    shades = [int(axis.images[0].get_array().mean()) for axis in axes]
+    assert shades == [0, 0, 0, 255, 255, 255] and axes[3].get_ylabel() == "second"
+    assert [axis.get_title() for axis in axes] == ["a", "b", "c", "", "", ""]
+
+
+def test_the_numbers_are_mean_and_deviation_over_the_seeds(monkeypatch):
+    monkeypatch.setattr(findings, "score", lambda m, s, t, seed, b: {"accuracy": [1, 2, 6][seed]})
+    numbers = findings.measure([None], findings.Finding("", "", {"": {"x": Setting()}}), 3, 2)
+    assert numbers["x: accuracy"] == pytest.approx((3.0, 7 ** 0.5))        # (4 + 1 + 9) / 2
+
+
+def test_captions_are_answered_in_any_order_unless_they_state_a_relation():
+    a, b = train_toy.Object("circle", "red", "small"), train_toy.Object("cross", "blue", "large")
+    anything = train_toy.Scene((train_toy.Object("", "red"),))
+    assert findings.fits(anything, train_toy.Scene((a,)))
+    assert not findings.fits(anything, train_toy.Scene((b,)))
+    assert findings.fits(train_toy.Scene((a, b, a)), train_toy.Scene((b, a, a)))
+    assert not findings.fits(train_toy.Scene((a, b), "above"), train_toy.Scene((b, a), "above"))
+
+
+def test_the_best_errors_enclose_the_gaussian_closed_form():
+    torch.manual_seed(0)
+    ab, worlds = torch.tensor([1.0, 0.6]).double(), 0.7 * torch.randn(2, 2000, 2)
+    low, high = findings.best_errors(ab, worlds, 1)
+    true = 0.49 * 0.4 / (0.6 * 0.49 + 0.4)
+    assert 0.9 * true < low < 1.05 * true and 0.95 * true < high < 1.1 * true
+
+
+def test_each_trick_left_out_changes_a_recipe_a_target_or_a_function():
+    for name, trick in findings.TRICKS.items():
+        toy, parts = train_toy.TOY, trick.parts
+        changed = any(replace(toy[part], **trick.recipe) != toy[part] for part in parts)
+        changed |= any(getattr(unclip.PRESETS["toy"], part).predicts != trick.predicts
+                       for part in parts if trick.predicts)
+        assert changed or trick.changes, name

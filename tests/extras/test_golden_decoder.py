@@ -1,0 +1,156 @@
+"""The U-Net's numbers in the projects that it comes from, the paper's sizes, and BSR."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import clip
+import decoder
+import golden_weights
+import unclip
+from golden_weights import error
+
+
+def unet_of(c, **more):
+    """The UNetConfig of an original configuration, which gives attention by shrinking factors."""
+    size = c.get("image_size", 16)
+    return decoder.UNetConfig(
+        size=size, channels=c["model_channels"], mults=tuple(c["channel_mult"]),
+        depth=c["num_res_blocks"], attention=tuple(size // k for k in c["attention_resolutions"]),
+        head_channels=c["num_head_channels"], **more)
+
+
+def test_the_unet_gives_the_numbers_of_guided_diffusion():
+    golden = golden_weights.read("unet_adm.pt")
+    c, w, inputs = golden["config"], golden["weights"], golden["inputs"]
+    unet = decoder.UNet(unet_of(c)).eval()
+    unet.load_state_dict(golden_weights.adm_unet(w, c["num_res_blocks"], c["num_head_channels"]))
+    out = unet(inputs["x"], inputs["timesteps"] + 1, emb=w["label_emb.weight"][inputs["y"]])
+    assert error(out, golden["outputs"]["out"]) < 2e-5, \
+        "resampling before conv1, 1 + scale, GroupNorm eps, attention scale, cosines first?"
+
+
+def test_the_unet_and_its_text_give_the_numbers_of_glide():
+    golden = golden_weights.read("glide_text2im.pt")
+    c, w, inputs, want = (golden[k] for k in ("config", "weights", "inputs", "outputs"))
+    text = clip.CaptionEncoder(c["n_vocab"], c["text_ctx"], c["xf_width"], c["xf_layers"],
+                               c["xf_heads"])
+    text.load_state_dict(golden_weights.glide_transformer(w, c["xf_heads"]) | {
+        "tok.weight": w["token_embedding.weight"], "pos": w["positional_embedding"],
+        "pad": w["padding_embedding"], "ln_out.weight": w["final_ln.weight"],
+        "ln_out.bias": w["final_ln.bias"]})
+    unet = decoder.UNet(unet_of(c, context_width=c["xf_width"])).eval()
+    unet.load_state_dict(golden_weights.adm_unet(w, c["num_res_blocks"], c["num_head_channels"]))
+    states = text(inputs["tokens"], inputs["mask"])
+    pooled = F.linear(states[:, -1], w["transformer_proj.weight"], w["transformer_proj.bias"])
+    out = unet(inputs["x"], inputs["timesteps"] + 1, pooled, states)
+    assert error(states, want["xf_out"]) < 2e-5, "no causal mask, padding vectors, erf GELU?"
+    assert error(pooled, want["xf_proj"]) < 2e-5 and error(out, want["out"]) < 2e-5
+
+
+@pytest.mark.parametrize("name, millions, attention", [
+    ("decoder", 3496.1, 22), ("upsampler1", 729.7, 0), ("upsampler2", 282.1, 0)])
+def test_the_papers_sizes(name, millions, attention):
+    """Table 3: 3.5 B, 700 M, 300 M. Attention: 3 levels of 3 + 4 blocks, and the middle."""
+    part = unclip.build("paper", device="meta").parts[name]
+    assert abs(sum(p.numel() for p in part.parameters()) / 1e6 - millions) < 0.1
+    assert sum(isinstance(layer, decoder.Attention) for layer in part.modules()) == attention
+    assert part.config.predicts == "eps" and part.alphabar.device.type == "cpu"
+
+
+# ---------------------------------------------------------------- BSR
+def degrade(image, number):
+    return decoder.bsr_degrade(image, np.random.default_rng(number))
+
+
+def test_a_quarter_of_the_side_in_range_mildly_degraded_and_the_rng_decides():
+    shapes = torch.ones(3, 256, 256)
+    shapes[:, 40:140, 40:140] = torch.tensor([0.8, -0.8, -0.8])[:, None, None]
+    shapes[:, 150:220, 120:230] = torch.tensor([-0.8, -0.6, 0.8])[:, None, None]
+    before, clean = shapes.clone(), decoder.shrink(shapes[None], 64)[0]
+    low = torch.stack([degrade(shapes, number) for number in range(40)])
+    assert low.shape == (40, 3, 64, 64) and low.dtype == torch.float32 and low.abs().max() <= 1
+    assert (low.amin((1, 2, 3)) < -0.7).all() and (low.amax((1, 2, 3)) > 0.9).all(), "the range?"
+    rms = (low - clean).pow(2).mean((1, 2, 3)).sqrt()
+    assert 0.02 < rms.median() < 0.2 and len(set(rms.tolist())) == 40, "each its own degradation"
+    assert torch.equal(shapes, before), "the caller's image was changed"
+    torch.manual_seed(2), np.random.seed(2)
+    assert torch.equal(low[5], degrade(shapes, 5)), "some draw does not come from rng"
+    assert degrade(torch.zeros(3, 64, 96), 0).shape == (3, 16, 24)
+    for wrong in (shapes[:, :66, :64], shapes[:, :32, :32], 255 * shapes):
+        with pytest.raises(ValueError, match=r"\[-1, 1\]"):
+            degrade(wrong, 0)
+
+
+def test_steps_come_in_any_order_but_the_exact_resize_after_the_other_and_jpeg_last(monkeypatch):
+    names, runs = ["blur", "resize", "downsample", "noise", "jpeg"], []
+    for name in names:
+        def spy(x, *more, name=name):
+            runs[-1].append((name, *more[:-1]))
+            return torch.zeros(1, 3, *more[0]) if name == "resize" else x
+        monkeypatch.setattr(decoder, f"random_{name}", spy)
+    for number in range(400):
+        runs.append([])
+        degrade(torch.zeros(3, 64, 64), number)
+    for run in runs:
+        fit, first = run.index(("resize", (16, 16))), [name for name, *_ in run].index("downsample")
+        assert run[-1] == ("jpeg",) and first < fit and len(run) in (5, 6, 7)
+    halved = [run for run in runs if ("blur", 2) in run]
+    assert all(("downsample", 2) in run for run in halved) and 70 < len(halved) < 130, "a quarter"
+    assert 25 < sum(("resize", (32, 32)) in run for run in halved) < 75, "half of them at random"
+    assert abs(sum(run.count(("jpeg",)) for run in runs) / 400 - 1.9) < 0.05
+    assert {[name for name, *_ in run].index("blur") for run in runs} >= {0, 1, 2, 3}
+
+
+def test_a_flat_image_keeps_its_mean_colour_and_nothing_leaves_the_range():
+    colour = torch.tensor([0.6, -0.2, -0.5])
+    for number in range(20):
+        moved = degrade(colour[:, None, None].expand(3, 128, 128), number).mean((1, 2)) - colour
+        assert moved.abs().max() < 4 / 127.5, f"moved by {moved}; R and B swapped, edges black?"
+    edges = (torch.rand(1, 3, 32, 32) > 0.5).float()
+    for rng in map(np.random.default_rng, range(20)):
+        for x in (decoder.random_resize(edges, (13, 13), rng), decoder.random_noise(edges, rng)):
+            assert 0 <= x.min() and x.max() <= 1, "clamped to [0, 1]?"
+    levels = torch.arange(255) + 0.8
+    saved = [decoder.random_jpeg((x / 255).expand(1, 3, 8, 8), rng).mean() * 255 for x in levels]
+    assert abs((torch.stack(saved) - levels).mean() - 0.2) < 0.1, "pixels are rounded, not cut"
+
+
+def test_nothing_drifts():
+    """A half-pixel error would be 0.125 or 0.5 low-res pixels, always to the same side."""
+    def centre(x):                                   # of mass of a light object on black, in sides
+        light, place = (x.mean(0) + 0.7).relu(), (torch.arange(x.shape[1]) + 0.5) / x.shape[1]
+        return torch.stack([light.sum(1) @ place, light.sum(0) @ place]) / light.sum()
+    y, x = torch.meshgrid(torch.arange(128.0), torch.arange(128.0), indexing="ij")
+    blob = 2 * torch.exp(-((y - 30.3) ** 2 + (x - 91.8) ** 2) / (2 * 7 ** 2)).expand(3, -1, -1) - 1
+    drift = 32 * sum(centre(degrade(blob, number)) - centre(blob) for number in range(150)) / 150
+    assert drift.abs().max() < 0.05, f"mean drift {drift} low-res pixels"
+
+
+def test_a_random_blur_is_a_gaussian_of_an_allowed_size():
+    """The kernel's moments, measured on a dot: centre 0, variance at most that of the recipe."""
+    dot, offset, tilted = torch.zeros(1, 3, 33, 33).double(), torch.arange(-16, 17).double(), 0
+    dot[..., 16, 16] = 1
+    for number in range(60):
+        k = decoder.random_blur(dot, 4, np.random.default_rng(number))[0, 0]
+        y, x, xy = (k.sum(1) * offset).sum(), (k.sum(0) * offset).sum(), offset @ k @ offset
+        var = torch.stack([(k.sum(1) * offset ** 2).sum(), (k.sum(0) * offset ** 2).sum()])
+        assert abs(k.sum() - 1) < 1e-12 and k.min() >= 0 and max(abs(y), abs(x)) < 1e-9
+        assert not k[:9].any() and not k[:, :9].any(), "the largest kernel is 14 (here 15) wide"
+        assert var.max() <= 2, f"variances {var}, at most (4 + 4) / 4"
+        tilted += abs(xy) > 0.05 * var.prod().sqrt()
+    assert 12 <= tilted <= 40, f"{tilted} of 60 blurs are tilted; expected up to about half"
+
+
+def test_the_noise_has_the_stated_levels_and_kinds():
+    grey, kinds = torch.full((1, 3, 64, 64), 0.5), []
+    for number in range(200):
+        noisy = decoder.random_noise(grey, np.random.default_rng(number))
+        noise = 255 * (noisy - grey)[0].flatten(1)
+        cov = noise.double().cov()                                   # (3, 3)
+        own = (cov - cov[0, 0] * torch.eye(3)).abs().max() < 0.35
+        own = own and min(abs(cov[0, 0] - 1), abs(cov[0, 0] - 4)) < 0.35
+        kinds.append("grey" if torch.equal(noise[0], noise[1]) else "own" if own else "correlated")
+        assert cov.diag().max() < 4.6, "no noise is above two levels"
+    rates = [kinds.count(kind) / 200 for kind in ("own", "grey", "correlated")]
+    assert np.allclose(rates, [0.4, 0.4, 0.2], atol=0.1), rates

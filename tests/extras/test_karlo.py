@@ -1,0 +1,849 @@
+"""Public weights: Karlo's numbers, and files that others wrote, read without running any code.
+
+tests/golden/karlo_diffusers_tiny is a complete Karlo folder in small, saved by diffusers, with what
+the pipeline made of it. The true weights are not here; their names and shapes are.
+"""
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clip
+import decoder
+import diffusion
+import golden_weights
+import unclip
+from extras import karlo
+from golden_weights import GOLDEN, error
+
+FOLDER = GOLDEN / "karlo_diffusers_tiny"
+VOCAB = str(GOLDEN / "bpe_toy.txt.gz")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return unclip.load(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return torch.load(FOLDER / "expected.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def openai():
+    return golden_weights.read("clip_openai.pt")
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return golden_weights.read("clip_transformers.pt")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the Karlo folder, to be damaged."""
+    return shutil.copytree(FOLDER, tmp_path / "karlo")
+
+
+def refused(match, load, *args, kind=ValueError):
+    """It is refused, in one sentence."""
+    with pytest.raises(kind, match=match) as refusal:
+        load(*args)
+    assert "\n" not in str(refusal.value)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------- the three networks
+
+
+def text_of(mask, z_t, states):
+    return clip.Text(torch.zeros(mask.shape, dtype=torch.long), mask, z_t, states)
+
+
+@pytest.fixture
+def golden_prior():
+    """Karlo's prior with golden weights, captions and no captions, and the golden file."""
+    golden = golden_weights.read("karlo_prior.pt")
+    c, inputs = golden["config"], golden["inputs"]
+    D, names = c["clip_dim"], {
+        "time_embed": "time", "text_enc_proj": "hidden_in", "text_emb_proj": "text_in",
+        "clip_img_proj": "image_in", "out_proj": "out", "final_ln": "ln_out"}
+    model = karlo.KarloPrior(karlo.KarloPriorConfig(
+        embed_dim=D, context=c["text_ctx"], text_width=D, width=c["xf_width"],
+        layers=c["xf_layers"], heads=c["xf_heads"], clamp=c["clip_x0"])).eval()
+    w = {re.sub(r"^\w+", lambda m: names.get(m[0], m[0]), key.removeprefix("model.")): x
+         for key, x in golden["weights"].items()}
+    ours = model.state_dict() | golden_weights.glide_transformer(w, c["xf_heads"])
+    ours |= {key: x for key, x in w.items() if key.split(".")[0] in names.values()}
+    model.load_state_dict(ours | {"query": w["prd_emb"][0, 0], "pos": w["positional_embedding"][0],
+                                  "mean": inputs["clip_mean"], "std": inputs["clip_std"]})
+    return model, text_of(inputs["mask"], inputs["text_emb"], inputs["text_enc"]), golden
+
+
+@pytest.fixture
+def golden_decoder():
+    golden = golden_weights.read("karlo_decoder.pt")
+    c, inputs, side = golden["config"], golden["inputs"], golden["config"]["image_size"]
+    w = {key.removeprefix("model."): x for key, x in golden["weights"].items()}
+    unet = decoder.UNetConfig(
+        size=side, channels=c["num_channels"], mults=tuple(c["mults"]), depth=c["num_res_blocks"],
+        head_channels=c["num_head_channels"], context_width=c["xf_width"],
+        attention=tuple(side // k for k in c["attention_ds"]))
+    model = karlo.KarloDecoder(karlo.KarloDecoderConfig(
+        unet, embed_dim=c["clip_dim"], context=c["text_ctx"], text_width=c["clip_dim"])).eval()
+    names = {"clip_emb": "image_emb", "text_feat_proj": "text_emb", "text_seq_proj.0": "hidden_in",
+             "text_seq_proj.1": "hidden_ln", "clip_tok_proj": "image_tokens"}
+    ours = model.state_dict() | {"null_image": w["cf_param"]}
+    for theirs, name in names.items():
+        for kind in ("weight", "bias"):
+            ours[f"{name}.{kind}"] = rows = w[f"{theirs}.{kind}"]
+            if name == "image_tokens":                               # rows are channel * 4 + token
+                ours[f"{name}.{kind}"] = torch.cat([rows[token::4] for token in range(4)])
+    weights = golden_weights.adm_unet(w, c["num_res_blocks"], c["num_head_channels"])
+    model.load_state_dict(ours | {f"unet.{key}": x for key, x in weights.items()})
+    model.config.unet.size = c["pixels"]                             # a U-Net does not mind
+    return model, text_of(inputs["mask"], inputs["txt_feat"], inputs["txt_feat_seq"]), golden
+
+
+@pytest.fixture
+def golden_upsampler():
+    golden = golden_weights.read("karlo_sr.pt")
+    c = golden["config"]
+    model = karlo.KarloUpsampler(decoder.UpsamplerConfig(decoder.UNetConfig(
+        size=24, in_channels=6, out_channels=3, channels=c["channels"], depth=c["depth"],
+        mults=tuple(c["channels_multiple"]), scale_shift=False))).eval()
+    for ours, theirs in [(model.unet, "model_first_steps."), (model.last, "model_last_step.")]:
+        w = {key.removeprefix(theirs): x for key, x in golden["weights"].items()
+             if key.startswith(theirs)}
+        ours.load_state_dict(golden_weights.adm_unet(w, c["depth"], 64))
+    return model, golden
+
+
+def halves(model, text):
+    """The captions of a golden file are its first half; the null condition becomes the rest."""
+    rows = len(text.mask) // 2
+    model.null = lambda _: text.map(lambda x: x[rows:])
+    return text.map(lambda x: x[:rows])
+
+
+def test_the_prior_gives_karlos_numbers(golden_prior, monkeypatch):
+    model, text, golden = golden_prior
+    out = model(golden["inputs"]["x"], golden["inputs"]["timesteps"] + 1, text)
+    assert error(out, golden["outputs"]["model"]) < 2e-5, "erf GELU, masks, positions, order?"
+    cond = halves(model, text)
+    golden_weights.play(monkeypatch, golden["noise"], rows=2)
+    z = model.sample(cond, steps=25, guidance=golden["config"]["guidance"], candidates=1)
+    assert error(z, golden["outputs"]["sample"]) < 5e-5, "25 evenly spaced timesteps, clamp, mean?"
+    assert torch.allclose(model.scale(model.unscale(z)), z, atol=1e-5)
+
+
+def test_the_decoder_gives_karlos_numbers(golden_decoder, monkeypatch):
+    """To 1e-4, but for a few pixels: at t = T the original's own rounding (x0 = (x - eps) / 5e-5)
+    is worth that much; the same run in float64 shows it."""
+    model, text, golden = golden_decoder
+    inputs = golden["inputs"]
+    out = model(inputs["x"], inputs["timesteps"] + 1, inputs["y"], text)
+    assert error(out, golden["outputs"]["model"]) < 2e-5, \
+        "image tokens first, context keys first, padding hidden, text in the time embedding?"
+    cond = halves(model, text)
+    golden_weights.play(monkeypatch, golden["noise"], rows=2)
+    x = model.sample(inputs["img_feat"], cond, steps=5, guidance=golden["config"]["guidance"])
+    off = (x - golden["outputs"]["sample"]).abs()
+    assert (off > 1e-4).float().mean() < 0.02 and off.max() < 2e-3, \
+        "eps guided and not v, the learned null embedding, learned range, clamp?"
+
+
+def test_the_upsampler_gives_karlos_numbers(golden_upsampler, monkeypatch):
+    model, golden = golden_upsampler
+    inputs, want, t = golden["inputs"], golden["outputs"], golden["inputs"]["timesteps"] + 1
+    large = decoder.enlarge(inputs["low"], 24)
+    assert error(large, inputs["low_up"]) < 2e-5, "bicubic with antialias=True, after the clamp?"
+    assert error(model(inputs["x"], t, large), want["first"]) < 2e-5, "noisy image first?"
+    x = torch.cat([inputs["x"], inputs["low_up"]], dim=1)
+    assert error(model.last(x, t), want["last"]) < 2e-5
+    golden_weights.play(monkeypatch, golden["noise"], rows=2)
+    assert error(model.sample(inputs["low"], steps=7), want["sample"]) < 1e-4, \
+        "small variance, clamp, the second network at the last step only?"
+
+
+# ---------------------------------------------------------------- the tiny Karlo folder
+
+
+def test_the_tiny_karlo_does_what_the_pipeline_does(model, expected, monkeypatch):
+    """Captions (one is too long) to images with one seeded generator; every draw is checked."""
+    c, want, draws, randn = expected["config"], expected["f64_tables"], [], torch.randn
+    tokens = model.tokenizer(c["prompts"], 14, truncate=True)
+    text = clip.Text(tokens, clip.token_mask(tokens, model.tokenizer.end),
+                     *model.parts["clip"].encode_text(tokens))
+    for one, kind in ((text, "cond"), (model.no_caption(2).map(lambda x: x[:1]), "uncond")):
+        ids, mask, z_t, states = (expected["text"][f"{kind}_{name}"]
+                                  for name in ("ids", "mask", "embeds", "hidden"))
+        assert torch.equal(one.tokens, ids) and torch.equal(one.mask, mask.bool()), "pad with 0?"
+        assert error(one.z_t, z_t) < 2e-5 and error(one.states, states) < 2e-5, "2 heads?"
+
+    def noted(*args, **kwargs):
+        draws.append(randn(*args, **kwargs))
+        return draws[-1]
+    monkeypatch.setattr(torch, "randn", noted)
+    generator = seeded(c["seed"])
+    z_i = model.sample_prior(text, "diffusion", c["guidance"][0], c["steps"][0],
+                             generator=generator)
+    small = model.sample_decoder(z_i, text, c["guidance"][1], c["steps"][1], generator)
+    x = model.upsample(small, (c["steps"][2],), generator)
+    assert [[*d.shape] for d in draws] == expected["draws"]["shapes"]
+    first = torch.stack([d.flatten()[:4] for d in draws])
+    assert torch.allclose(first, expected["draws"]["first4"])
+    assert error(z_i, want["image_embeds"]) < 1e-4, "clamp 5, mean and std, null text of 2 tokens?"
+    assert error(small, want["image_small"]) < 1e-3
+    assert error(x.permute(0, 2, 3, 1) / 2 + 0.5, want["images"]) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs_and_gives_nearly_the_same_embedding(model, dtype):
+    half = unclip.load(FOLDER, dtype=dtype)
+    assert {p.dtype for part in half.parts.values() if part for p in part.parameters()} == {dtype}
+    z = [m.sample_prior(m.encode_text(["a red circle"]), guidance=1.0, steps=5, generator=seeded())
+         for m in (model, half)]
+    assert error(z[1], z[0]) < 0.1
+    assert half.sample(["a"], generator=seeded(), prior_steps=2, decoder_steps=2,
+                       progress=False).isfinite().all()
+
+
+def test_a_saved_karlo_comes_back_with_its_classes_and_its_null_condition(model, tmp_path):
+    model.save(tmp_path / "karlo.pt")
+    again = unclip.load(tmp_path / "karlo.pt")
+    assert again.config == model.config
+    few = dict(prior_steps=2, decoder_steps=2, upsampler_steps=(2,), progress=False)
+    assert torch.equal(*(m.sample(["a red circle"], generator=seeded(), **few)
+                         for m in (model, again)))
+
+
+# ---------------------------------------------------------------- full size
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    """The network for each list of published names, as the preset has it, without memory."""
+    parts = karlo.build("meta").parts
+    whole, sr = parts["clip"], parts["upsampler1"]
+    return {"prior": (parts["diffusion_prior"], karlo.PRIOR),
+            "decoder": (parts["decoder"].unet, karlo.UNET),
+            "text_proj": (parts["decoder"], karlo.TEXT_PROJ),
+            "super_res_first": (sr.unet, karlo.UNET), "super_res_last": (sr.last, karlo.UNET),
+            "text_encoder": (whole, [("^(image|logit).*", ""), *karlo.HUGGING_FACE]),
+            "image_encoder": (whole, [("^(text|logit).*", ""), *karlo.HUGGING_FACE]),
+            "ViT-L-14.pt": (whole, karlo.OPENAI)}
+
+
+@pytest.mark.parametrize("part, keys, parameters, others", [
+    ("prior", 338, 1_022_030_080, {"cov", "empty"}), ("decoder", 716, 885_439_686, set()),
+    ("text_proj", 11, 7_878_400, {"unet", "empty"}), ("super_res_first", 408, 691_579_523, set()),
+    ("super_res_last", 408, 691_579_523, set()),
+    ("text_encoder", 197, 123_650_304, {"image", "logit"}),
+    ("image_encoder", 392, 303_966_208, {"text", "logit"}),
+    ("ViT-L-14.pt", 446, 427_616_513, set())])
+def test_at_full_size_every_published_key_is_used_once_and_every_weight_filled(
+        full_size, part, keys, parameters, others):
+    module, table = full_size[part]
+    names = json.loads((GOLDEN / "full_size_keys.json").read_text())
+    shapes, = (shapes for key, shapes in names.items() if key.rsplit("/", 1)[1] == part)
+    weights = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    renamed = karlo.rename(module, table, karlo.Weights(weights, part))
+    used = [key for name in renamed for key in karlo.their_names(table, name)[0]]
+    assert len(used) == len(set(used)) == len(weights) == keys
+    assert sum(w.numel() for w in renamed.values()) == parameters
+    left = {name.split("_")[0].split(".")[0] for name in module.state_dict() if name not in renamed}
+    assert left == others, "nothing fills it"
+
+
+def openai_names(model):
+    return {karlo.their_names(karlo.OPENAI, ours)[0][0]: w
+            for ours, w in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("sizes, parameters", [
+    ((512, 224, 32, 768, 12, 12, 49408, 77, 512, 12, 8), 151_277_313),
+    ((512, 224, 16, 768, 12, 12, 49408, 77, 512, 12, 8), 149_620_737),
+    ((768, 224, 14, 1024, 24, 16, 49408, 77, 768, 12, 12), 427_616_513),
+    ((768, 336, 14, 1024, 24, 16, 49408, 77, 768, 12, 12), 427_944_193),
+    ((1024, 224, 14, 1280, 32, 16, 49408, 77, 1024, 24, 16), 0),     # open_clip's, with other
+    ((1024, 224, 14, 1664, 48, 16, 49408, 77, 1024, 24, 16), 0),     # heads and activation
+    ((768, 224, 14, 1024, 24, 16, 49408, 77, 768, 11, 12), 0)])
+def test_the_sizes_of_openais_models_come_from_their_weights(sizes, parameters, monkeypatch):
+    with torch.device("meta"):
+        model = clip.CLIP(clip.CLIPConfig(*sizes))
+    weights = karlo.Weights(openai_names(model), Path("x.pt"))
+    if parameters:
+        assert sum(w.numel() for w in weights.values()) == parameters
+        assert karlo.clip_config(weights, karlo.OPENAI, {}, Path("x.pt")) == model.config
+    else:
+        monkeypatch.setattr(karlo, "read_weights", lambda path: weights)
+        refused("x.pt is none of OpenAI's CLIPs", karlo.load_clip, "x.pt")
+
+
+# ---------------------------------------------------------------- files of weights
+
+
+def safetensors(tensors, pad=0):
+    """The bytes of a safetensors file, written as its specification says."""
+    names = {dtype: name for name, dtype in karlo.DTYPES.items()}
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for key, x in tensors.items():
+        raw = bytes(x.contiguous().flatten().view(torch.uint8).tolist()) if x.numel() else b""
+        header[key] = {"dtype": names[x.dtype], "shape": [*x.shape],
+                       "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    return with_header(json.dumps(header).encode(), data, pad)
+
+
+def with_header(header, data, pad=0):
+    header += b" " * (-len(header) % 8 + pad)
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def save(weights, path, pad=0):
+    if path.suffix == ".safetensors":
+        path.write_bytes(safetensors(weights, pad))
+    else:
+        torch.save(weights, path)
+    return path
+
+
+@pytest.mark.parametrize("pad", [0, 1, 4])
+def test_safetensors_of_every_kind_come_back_mapped_and_the_file_does_not_change(tmp_path, pad):
+    """Also a scalar, an empty one, and tensors at addresses their numbers cannot be read from."""
+    tensors = {name: (torch.arange(-3, 3).view(2, 3) * 1.25).to(dtype)
+               for name, dtype in karlo.DTYPES.items()}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4),
+                "byte": torch.tensor([7]).byte(), "after": torch.randn(3, 2)}
+    path = save(tensors, tmp_path / "x.safetensors", pad)
+    before, got = path.read_bytes(), karlo.read_weights(path)
+    assert set(got) == set(tensors)
+    for name, x in tensors.items():
+        assert got[name].dtype == x.dtype and torch.equal(got[name], x), name
+    assert got["U8"].untyped_storage().data_ptr() == got["byte"].untyped_storage().data_ptr()
+    got["byte"] += 1
+    assert got["byte"] == 8 and path.read_bytes() == before
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux's /proc")
+LOADING = """
+import sys, torch
+from extras import karlo
+def memory(name):
+    return int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) / 1024
+module = torch.nn.ParameterDict({f"w{n}": torch.empty(2 ** 21, device="meta") for n in range(10)})
+torch.ones(2 ** 21).to(torch.bfloat16).sum()                     # warms up
+open("/proc/self/clear_refs", "w").write("5")                    # the highest begins anew
+own, rss = memory("RssAnon"), memory("VmRSS")
+module.load_state_dict(karlo.rename(module, [], karlo.read_weights(sys.argv[1])), assign=True)
+karlo.place(module, "cpu", torch.bfloat16)
+assert sum(w.sum() for w in module.values()) == 0                # every page is touched
+print(memory("RssAnon") - own, memory("VmHWM") - rss)
+"""
+
+
+@linux
+def test_loading_takes_the_memory_of_what_is_converted_and_no_more(tmp_path):
+    """Ten float32 weights of 8 MB, mapped, become bf16 one by one: 40 MB, not 120."""
+    path = tmp_path / "x.safetensors"
+    entries = {f"w{n}": dict(dtype="F32", shape=[2 ** 21], data_offsets=[n << 23, n + 1 << 23])
+               for n in range(10)}
+    path.write_bytes(with_header(json.dumps(entries).encode(), bytes(10 << 23)))
+    out = subprocess.run([sys.executable, "-c", LOADING, path], capture_output=True, text=True,
+                         check=True, cwd=unclip.HERE,                # freed memory is given back
+                         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}).stdout
+    of_its_own, highest = map(float, out.split())
+    assert abs(of_its_own - 40) < 8
+    assert highest < 1.5 * 80 + 3 * 8, "the file's pages, bf16, and a weight or two"
+
+
+@linux
+def test_a_karlo_folders_weights_stay_in_the_file_unless_they_are_joined(model):
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    places = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines
+              if line.endswith("prior/diffusion_pytorch_model.safetensors")]
+    copied = {name for name, w in model.parts["diffusion_prior"].named_parameters()
+              if not any(a <= w.data_ptr() < b for a, b in places)}
+    assert copied == {f"blocks.{n}.qkv.{kind}" for n in (0, 1) for kind in ("weight", "bias")}
+
+
+class Trap:
+    def __reduce__(self):
+        return eval, ("open('trapped', 'w').close()",)
+
+
+def header(**changes):
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
+    text = json.dumps({"a": entry}).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(8)
+
+
+GOOD = header()
+DAMAGED = "bad.safetensors is damaged or not a safetensors file of weights: "
+
+
+@pytest.mark.parametrize("data, says", [
+    *((data, DAMAGED) for data in (
+        b"", GOOD[:5], GOOD[:30], b"\xff" * 8 + GOOD[8:], struct.pack("<Q", 10 ** 8) + GOOD[8:],
+        header(shape="2"), header(shape=None), header(data_offsets=[0]),
+        header(data_offsets=[0, 8.0]), with_header(b"[]", b""), with_header(b"{{{{", b""),
+        with_header(b'{"a": 1}', b""), with_header(b'"\xff"', b""))),
+    (GOOD[:-1], DAMAGED + "a is said to be .*0..8.* of 7; is it cut short"),
+    (GOOD + b"x", DAMAGED + "it goes on for 1 bytes after its last tensor"),
+    (header(dtype="F99"), ".*F99"), (header(dtype="F64"), r"float64 \[2\] at 0..8"),
+    (header(shape=[3]), r"a is .* \[3\]"), (header(shape=[-2]), r"a is .* \[-2\]"),
+    (header(data_offsets=[8, 16]) + bytes(8), "at 8..16; expected it from byte 0 on"),
+    (header(data_offsets=[-8, 0]), "at -8..0"), (header(data_offsets=[0, 80]), "at 0..80"),
+    (header(data_offsets=[0, 80], shape=[20]), "at 0..80.* of 8")])
+def test_a_damaged_safetensors_file_is_refused(tmp_path, data, says):
+    (tmp_path / "bad.safetensors").write_bytes(data)
+    refused(says, karlo.read_weights, tmp_path / "bad.safetensors")
+
+
+def test_a_pickle_that_holds_no_weights_or_more_than_weights_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused("there is no bad.bin; expected", karlo.read_weights, "bad.bin", kind=FileNotFoundError)
+    for zipped in (True, False):
+        torch.save({"w": torch.ones(2), "x": Trap()}, "bad.bin",
+                   _use_new_zipfile_serialization=zipped)
+        refused("bad.bin is refused: it holds more than tensors", karlo.read_weights, "bad.bin")
+    assert not Path("trapped").exists(), "the file's code was run"
+
+    for content in (torch.ones(2), {"state_dict": {"w": 1}}, {"w": 1}):
+        torch.save(content, "bad.bin")
+        refused("bad.bin is damaged or not a file of weights", karlo.read_weights, "bad.bin")
+    torch.save({"w": torch.ones(1000)}, "bad.bin")
+    for data in (Path("bad.bin").read_bytes()[:2000], b"", b"not a checkpoint", b"PK\x03\x04junk",
+                 pickle.dumps([1, 2], protocol=2)):
+        Path("bad.bin").write_bytes(data)
+        refused("bad.bin is", karlo.read_weights, "bad.bin")
+
+    def locked(*_):
+        raise PermissionError(13, "Permission denied")               # root may read everything
+    monkeypatch.setattr(karlo, "read_pickle", locked)
+    refused("bad.bin may not be read", karlo.read_weights, "bad.bin", kind=PermissionError)
+
+
+class Node(torch.nn.Module):
+    """A TorchScript module in which weights may hang under any name; lists are no weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.shares, self.flags = [1, 2], [0.5], [True]
+
+
+class Restless(torch.nn.Module):
+    """A TorchScript module that runs something when it is loaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(2))
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.w, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        self.w, self.training = state[0], state[1]
+        print("I was run")
+
+
+def archive(module, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                              # TorchScript is old
+        torch.jit.script(module).save(str(path))
+    return path
+
+
+def openai_archive(weights, path, half=True):
+    """As OpenAI published CLIP: half the weights in half precision, three numbers among them."""
+    root = Node()
+    numbers = {"input_resolution": 28, "context_length": 16, "vocab_size": 100}
+    for key, w in (weights | {k: torch.tensor(n) for k, n in numbers.items()}).items():
+        *places, name = key.split(".")
+        node = root
+        for place in places:
+            if not hasattr(node, place):
+                node.add_module(place, Node())
+            node = getattr(node, place)
+        if half and w.is_floating_point() and w.ndim > 1 and "embedding" not in key:
+            w = w.half()
+        node.register_buffer(name, w)
+    return archive(root, path)
+
+
+def test_an_archives_code_is_not_run_and_its_lists_are_no_weights(tmp_path, capfd):
+    archive(Restless(), tmp_path / "bad.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.load(str(tmp_path / "bad.pt"))
+    assert "I was run" in capfd.readouterr().out, "the trap should work at all"
+    refused("bad.pt is refused", karlo.read_weights, tmp_path / "bad.pt")
+    assert "I was run" not in capfd.readouterr().out
+    w = torch.arange(6.0).view(2, 3).t()
+    got = karlo.read_weights(openai_archive({"a.w": w}, tmp_path / "x.pt", half=False))
+    assert torch.equal(got["a.w"], w) and len(got) == 4, "w and three numbers"
+
+
+# ---------------------------------------------------------------- CLIP and its tokenizer
+
+
+def clip_folder(golden, path, keep="", name="model.safetensors", **config):
+    """A Hugging Face folder of the golden CLIP, or of the half whose names begin with `keep`."""
+    path.mkdir(parents=True, exist_ok=True)
+    save({k: w for k, w in golden["weights"].items() if k.startswith(keep or ("",))}, path / name)
+    settings = {k: golden["config"][k] | config for k in ("text_config", "vision_config")}
+    if keep:
+        settings = settings["text_config" if "text_model" in keep else "vision_config"]
+    (path / "config.json").write_text(json.dumps(settings))
+    return path
+
+
+def shards(golden, path, name):
+    """Two files and an index that says which weight is where."""
+    clip_folder(golden, path, name=name).joinpath(name).unlink()
+    stem, end = name.split(".")
+    where = {key: f"{stem}-0000{1 + i % 2}-of-00002.{end}"
+             for i, key in enumerate(sorted(golden["weights"]))}
+    for file in set(where.values()):
+        save({k: w for k, w in golden["weights"].items() if where[k] == file}, path / file)
+    (path / f"{name}.index.json").write_text(json.dumps({"weight_map": where}))
+    return path
+
+
+def prefixed(golden, prefix):
+    return {prefix + key: w for key, w in golden["weights"].items()}
+
+
+@pytest.mark.parametrize("kind, write", [
+    ("openai", lambda g, p: openai_archive(g["weights"], p / "x.pt")),
+    ("openai", lambda g, p: save(g["weights"], p / "x.pt")),
+    ("openai", lambda g, p: save(g["weights"], p / "x.safetensors")),
+    ("openai", lambda g, p: save(prefixed(g, "module._orig_mod."), p / "x.pt")),
+    ("openai", lambda g, p: save({"epoch": 3, "state_dict": prefixed(g, "module.")}, p / "x.pt")),
+    ("transformers", lambda g, p: clip_folder(g, p)),
+    ("transformers", lambda g, p: clip_folder(g, p, name="pytorch_model.bin")),
+    ("transformers", lambda g, p: clip_folder(g, p, name="model.fp16.safetensors")),
+    ("transformers", lambda g, p: shards(g, p, "model.safetensors")),
+    ("transformers", lambda g, p: shards(g, p, "pytorch_model.bin"))])
+def test_each_kind_of_clip_file_gives_the_numbers_of_the_original(kind, write, request, tmp_path):
+    golden = request.getfixturevalue(kind)
+    path = write(golden, tmp_path)
+    model = karlo.load_clip(path)
+    half = path.suffix == ".pt" and karlo.read_weights(path).get("visual.proj",
+                                                                 torch.ones(1)).dtype == torch.half
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    z_i = model.image(golden["inputs"]["image"])                     # already standardised
+    z_t, states = model.encode_text(golden["inputs"]["tokens"])
+    logits = model.logit_scale.exp() * clip.unit(z_i) @ clip.unit(z_t).T
+    for got, name in [(z_i, "image_features"), (z_t, "text_features"), (states, "text_hidden"),
+                      (logits, "logits_per_image"), (logits.T, "logits_per_text")]:
+        if not half or "features" in name:
+            assert error(got, golden["outputs"][name]) < (5e-3 if half else 2e-5), \
+                f"{name}: quick GELU, LayerNorm eps 1e-5, causal?"
+
+
+def test_half_a_hugging_face_clip_is_read_alone_and_its_heads_are_config_jsons(transformers,
+                                                                               tmp_path):
+    pixels, want = transformers["inputs"]["image"], transformers["outputs"]["image_features"]
+    for heads, fits in ((2, True), (4, False)):
+        image = karlo.load_clip(clip_folder(transformers, tmp_path / "i",
+                                            ("vision_model", "visual_"), num_attention_heads=heads))
+        assert image.text is None and image.config.image_heads == heads
+        assert abs(image.scale() - 100) < 1e-3 and (error(image.image(pixels), want) < 2e-5) == fits
+
+
+LN = "visual.ln_pre.weight"
+
+
+@pytest.mark.parametrize("key, how, says", [
+    (LN, "missing", f"lacks {LN}"), (LN, "extra", "holds visual.*extra"),
+    (LN, "shape", f"{LN} in .* does not fit.*384.*192"), (LN, "integers", "int64"),
+    (LN, "complex", "complex64"), (LN, "nan", "image.ln_in.weight in .* is not finite"),
+    (LN, "infinite", "image.ln_in.weight in .* is not finite"),
+    *((key, how, key) for how in ("missing", "flat") for key in (
+        "visual.conv1.weight", "visual.proj", "text_projection", "visual.positional_embedding",
+        "positional_embedding"))])
+def test_weights_that_do_not_fit_are_refused_by_name(openai, tmp_path, key, how, says):
+    weights = dict(openai["weights"])
+    w = weights.pop(key)
+    new = {"shape": torch.cat([w, w]), "flat": torch.tensor(1.0), "integers": w.long(),
+           "complex": w.to(torch.complex64), "nan": w * torch.nan, "infinite": w / 0, "extra": w}
+    if how == "extra":
+        weights["visual.transformer.resblocks.0.extra"] = w
+    if how != "missing":
+        weights[key] = new[how]
+    torch.save(weights, tmp_path / "bad.pt")
+    refused(f"(?=.*bad.pt).*{says}", karlo.load_clip, tmp_path / "bad.pt")
+
+
+def test_other_clips_and_folders_without_weights_are_refused(openai, tmp_path):
+    save({"visual.layer1.0.conv1.weight": torch.ones(1)}, tmp_path / "RN50.pt")
+    refused("RN50.pt is a ResNet CLIP", karlo.load_clip, tmp_path / "RN50.pt")
+    path = save(openai["weights"], tmp_path / "x.pt")
+    (tmp_path / "open_clip_config.json").write_text("{}")            # with other activations
+    refused("x.pt is none of OpenAI's CLIPs", karlo.load_clip, path)
+    refused("config.json", karlo.load_clip, tmp_path, kind=FileNotFoundError)
+    (tmp_path / "config.json").write_text("{}")
+    refused("no weights in .*model.safetensors", karlo.load_clip, tmp_path, kind=FileNotFoundError)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}')
+    refused("there is no .*/b", karlo.load_clip, tmp_path, kind=FileNotFoundError)
+
+
+def test_tokenizers_come_from_a_merges_file_or_a_folder_and_others_are_refused(tmp_path, expected):
+    for path in (VOCAB, FOLDER / "tokenizer"):
+        tokenizer = karlo.load_tokenizer(path)
+        for case in expected["tokenizer_cases"]:
+            assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+    for data, says in ((b"", "header"), (b"t h\n", "header"), (b"#v\nt h e\n", "merges like"),
+                       (b"\xff\xfe", "utf-8"), (b"#v\ntt hh\n", "lacks")):
+        (tmp_path / "bad.txt").write_bytes(data)
+        refused(f"bad.txt is .*{says}", karlo.load_tokenizer, tmp_path / "bad.txt")
+
+
+# ---------------------------------------------------------------- command lines
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Two images of other shapes, their middles unlike their ends; the current folder is theirs."""
+    monkeypatch.chdir(tmp_path)
+    across, down = torch.linspace(-1, 1, 96)[None], torch.linspace(-1, 1, 60)[:, None]
+    a = torch.stack([(3 * across).sin() * down, across.square() - down, (across * down).cos() - 1])
+    for name, x in (("a.png", a), ("b.png", -a.transpose(1, 2))):
+        unclip.to_pil(x).save(name)
+    return tmp_path
+
+
+def test_clip_prints_a_probability_for_each_caption(openai, photos, capsys):
+    torch.save(openai["weights"] | {"token_embedding.weight": torch.randn(554, 128)}, "ViT.pt")
+    clip.main(["a.png", "a red circle", "two", "--weights", "ViT.pt", "--vocab", VOCAB])
+    lines = [line.split("%") for line in capsys.readouterr().out.splitlines()]
+    tokens = karlo.load_tokenizer(VOCAB)(["a red circle", "two"], 16)
+    want = clip.zero_shot(karlo.load_clip("ViT.pt"), clip.preprocess("a.png", 28)[None], tokens)[0]
+    assert [line[1].strip() for line in lines] == ["a red circle", "two"]
+    assert torch.allclose(torch.tensor([float(line[0]) for line in lines]) / 100, want, atol=1e-3)
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Notes what is sampled: (rows, steps) of each stage, and how often each guidance was used."""
+    seen, sample, guide = {"stages": [], "guidance": Counter()}, diffusion.sample, diffusion.guide
+
+    def noted_sample(network, alphabar, x, timesteps, **options):
+        seen["stages"].append((len(x), len(timesteps)))
+        return sample(network, alphabar, x, timesteps, **options)
+
+    def noted_guide(uncond, cond, scale):
+        seen["guidance"][scale] += 1
+        return guide(uncond, cond, scale)
+    monkeypatch.setattr(diffusion, "sample", noted_sample)
+    monkeypatch.setattr(diffusion, "guide", noted_guide)
+    return seen
+
+
+def test_a_caption_is_sampled_as_karlo_was_published(model, used, photos):
+    """25 steps of the prior with guidance 4, 25 of the decoder with 8, 7 of the upsampler."""
+    unclip.main(["sample", "a red circle", "--weights", str(FOLDER), "-o", "fox.png"])
+    assert used == {"stages": [(1, 25), (1, 25), (1, 7)], "guidance": {4.0: 25, 8.0: 25}}
+    unclip.save_grid(model.sample(["a red circle"], generator=seeded(), progress=False), "x.png", 1)
+    assert (np.array(Image.open("fox.png")) == np.array(Image.open("x.png"))).all()
+    refused("at most 14 tokens", model.sample, ["the blue square is left of 3 Green Triangles"])
+
+
+def image_encoder(folder, dim=24):
+    """Adds image_encoder/ to a folder: the golden CLIP's image half with other widths."""
+    golden = golden_weights.read("clip_transformers.pt")
+    w = torch.randn(dim, 128, generator=seeded()) / 11
+    golden["weights"]["visual_projection.weight"] = w
+    return clip_folder(golden, folder / "image_encoder", ("vision_model", "visual_"))
+
+
+def make_variations_folder(folder):
+    """What the image-variations folder is: an image encoder beside the rest, and no prior."""
+    edit(folder / "model_index.json", _class_name="UnCLIPImageVariationPipeline")
+    shutil.rmtree(folder / "prior")
+    shutil.rmtree(folder / "prior_scheduler")
+    return image_encoder(folder)
+
+
+def edit(path, **settings):
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def openai_clip(model, path):
+    """An OpenAI file with the text half of `model` and the golden CLIP's image half beside it."""
+    weights = {k: w for k, w in golden_weights.read("clip_openai.pt")["weights"].items()
+               if k.startswith("visual.")}
+    weights["visual.proj"] = weights["visual.proj"][:, :24].clone()
+    openai_archive(weights | openai_names(model), path)
+
+
+@pytest.fixture(params=["in the folder", "OpenAI's", "elsewhere"])
+def seeing(request, folder, model, photos):
+    """A Karlo that sees images -> the options for it, and its image encoder."""
+    if request.param == "OpenAI's":
+        openai_clip(model.parts["clip"], "ViT.pt")
+        return ["--weights", str(folder), "--clip", "ViT.pt"], karlo.load_clip("ViT.pt")
+    encoder = make_variations_folder(folder)
+    if request.param == "elsewhere":
+        encoder = encoder.rename(photos / "elsewhere")
+        return ["--weights", str(folder), "--clip", "elsewhere"], karlo.load_clip(encoder)
+    return ["--weights", str(folder)], karlo.load_clip(encoder)
+
+
+@pytest.mark.parametrize("words", [
+    ["variations", "a.png", "-n", "2", "--guidance", "8"], ["interpolate", "a.png", "b.png", "-n",
+    "3"], ["edit", "a.png", "-n", "2", "--source", "a red circle", "--target", "a blue square",
+           "--strength", "0.5"]])
+def test_the_decoder_receives_raw_embeddings_and_the_empty_caption(seeing, words, model, expected,
+                                                                   monkeypatch):
+    """Guidance compares with the learned null embedding, whose caption is "" as well."""
+    seen, condition = [], karlo.KarloDecoder.condition
+
+    def noted(self, z_i, text):
+        seen.append((z_i, text))
+        return condition(self, z_i, text)
+    monkeypatch.setattr(karlo.KarloDecoder, "condition", noted)
+    options, eye = seeing
+    unclip.main([*words, *options, "--decoder-steps", "3", "-o", "strip.png"])
+    a, b = (eye.encode_image(clip.preprocess(x, eye.config.image_size)[None])[0]
+            for x in ("a.png", "b.png"))
+    assert abs(a.norm() - 1) > 0.3, "else nothing tells raw embeddings from unit ones"
+    z_i, text = seen[-1]
+    assert error(seen[0][0][0], a) < 0.02
+    assert text.mask.sum(1).tolist() == [2] * len(z_i)
+    assert error(text.states[:1], expected["text"]["uncond_hidden"]) < 2e-5
+    assert error(text.z_t[:1], expected["text"]["uncond_embeds"]) < 2e-5
+
+    if words[0] == "variations":
+        assert error(z_i[2:], a.expand(2, -1)) < 0.02
+        null = model.parts["decoder"].null_image
+        assert torch.equal(z_i[:2], null.expand(2, -1)) and null.abs().sum() > 0
+    elif words[0] == "interpolate":
+        assert len(seen) == 3 and error(z_i[0], a) < 0.02 and error(z_i[2], b) < 0.02
+    else:
+        assert error(z_i[0], a) < 0.02 and abs(z_i[1].norm() / a.norm() - 1) < 0.02, "its length"
+
+
+@pytest.mark.parametrize("words, says", [
+    (["variations", "a.png"], "no CLIP image encoder.*--clip"),
+    (["sample", "a", "--rerank", "2"], "no CLIP image encoder.*--clip"),
+    (["edit", "a.png", "--source", "a", "--target", "a b", "--clip", "b.png"], "b.png is refused"),
+    (["variations", "a.png", "--clip", "other.pt"], "other.pt is another CLIP"),
+    (["variations", "a.png", "--clip", "small.pt"], "small.pt has no image encoder that fits"),
+    (["variations", "a.png", "--clip", "variations/text_encoder"], "has no image encoder"),
+    (["sample", "a", "--prior", "ar"], "hold no ar_prior"),
+    (["sample", "a", "--weights", "variations"], "hold no diffusion_prior")])
+def test_what_a_karlo_cannot_do_it_says_in_one_sentence(words, says, folder, photos, capsys):
+    """Another CLIP with equal sizes has another space: ViT-L-14-336px.pt beside Karlo's."""
+    make_variations_folder(shutil.copytree(folder, photos / "variations"))
+    other = karlo.load_karlo(FOLDER).parts["clip"]
+    other.text.proj += torch.randn(24, 24) / 5
+    openai_clip(other, "other.pt")
+    torch.save(golden_weights.read("clip_openai.pt")["weights"], "small.pt")
+    with pytest.raises(SystemExit) as end:
+        unclip.stop_on_error(unclip.main, [words[0], "--weights", str(folder), *words[1:]])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and re.search(says, err), err
+    assert err.count("\n") == 1 and "Traceback" not in err and out == ""
+
+
+# ---------------------------------------------------------------- bad folders
+
+BAD_FILES = ["model_index.json", "prior/diffusion_pytorch_model.safetensors",
+             "tokenizer/vocab.json", "decoder/diffusion_pytorch_model.bin",
+             "text_encoder/config.json", "decoder/config.json",
+             "decoder_scheduler/scheduler_config.json"]
+
+
+@pytest.mark.parametrize("file, how, says", [
+    *((part, "absent", f"karlo.{part}") for part in (
+        "prior", "decoder", "text_proj", "super_res_first", "super_res_last", "text_encoder",
+        "tokenizer", "prior_scheduler", "decoder_scheduler", "super_res_scheduler")),
+    *((file, how, f"karlo/{file}") for file in BAD_FILES for how in ("cut", "empty", "junk")),
+    *((file, "absent", re.sub("/diff.*", "", f"karlo/{file}")) for file in BAD_FILES),
+    ("decoder/diffusion_pytorch_model.bin", "code", "diffusion_pytorch_model.bin is refused"),
+    *((f"{part}/diffusion_pytorch_model{end}", "nan", f"{part}/.* is not finite") for part, end in (
+        ("prior", ".safetensors"), ("text_proj", ".safetensors"), ("super_res_last", ".bin"))),
+    ("tokenizer", "smaller", "tokenizer has 553 tokens.*text encoder 554"),
+    ("model_index", {"_class_name": "StableDiffusionPipeline"}, "StableDiffusionPipeline"),
+    ("text_encoder", {"hidden_act": "gelu"}, "hidden_act = 'gelu'; only 'quick_gelu'"),
+    ("text_encoder", {"vocab_size": 9}, "vocab_size = 9"),
+    ("text_encoder", {"layer_norm_eps": 1e-6}, "layer_norm_eps"),
+    ("text_encoder", {"hidden_size": 96}, "hidden_size = 96"),
+    ("text_encoder", {"num_hidden_layers": 9}, "num_hidden_layers = 9"),
+    ("text_encoder", {"num_attention_heads": 10 ** 9}, "1000000000 heads"),
+    ("text_encoder", {"num_attention_heads": "2"}, "text_heads is '2'"),
+    ("text_encoder", {"eos_token_id": 5}, "eos_token_id = 5"),
+    ("prior", {"num_attention_heads": 1}, "prior.* does not fit"),
+    ("prior", {"num_attention_heads": 10 ** 9}, "prior"),
+    ("prior", {"num_layers": 3}, "num_layers = 3; only 2"),
+    ("prior", {"num_layers": None}, "num_layers = None"),
+    ("prior", {"added_emb_type": None}, "added_emb_type = None"),
+    ("prior", {"embedding_dim": 23}, "embedding_dim = 23; only 24"),
+    ("prior_scheduler", {"prediction_type": "epsilon"}, "prediction_type"),
+    ("prior_scheduler", {"beta_schedule": "linear"}, "beta_schedule"),
+    ("prior_scheduler", {"clip_sample_range": None}, "clip_sample_range"),
+    ("decoder_scheduler", {"variance_type": "fixed_small_log"}, "variance"),
+    ("super_res_scheduler", {"clip_sample_range": 2}, "clip_sample_range"),
+    ("decoder", {"act_fn": "gelu"}, "act_fn = 'gelu'"), ("decoder", {"norm_eps": 1e-6}, "norm_eps"),
+    ("decoder", {"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 3}, "decoder"),
+    ("decoder", {"down_block_types": None}, "decoder/config.json"),
+    ("decoder", {"block_out_channels": [32, 48, 64]}, "down_blocks.*does not fit"),
+    ("decoder", {"block_out_channels": [32, 32]}, "decoder"),
+    ("decoder", {"layers_per_block": 2}, "layers_per_block = 2; only 1"),
+    ("decoder", {"attention_head_dim": 17}, "head_channels, got 32 and 17"),
+    ("decoder", {"resnet_time_scale_shift": "default"}, "time_emb_proj.*does not fit"),
+    ("decoder", {"sample_size": 16}, "sample_size = 32; only 64"),
+    ("text_proj", {"clip_extra_context_tokens": 3}, "clip_extra_context_tokens"),
+    ("super_res_last", {"sample_size": 64}, "sample_size = 64; only 32")])
+def test_a_bad_karlo_folder_is_refused_in_a_sentence_that_names_the_part(folder, file, how, says,
+                                                                         monkeypatch):
+    monkeypatch.chdir(folder)
+    path = folder / file
+    if isinstance(how, dict):                                        # what the code does not do
+        for place in (".json", "/config.json", "/scheduler_config.json"):
+            if (config := folder / (file + place)).is_file():
+                edit(config, **how)
+    elif how == "absent":
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    elif how == "nan":
+        save({key: w * torch.nan for key, w in karlo.read_weights(path).items()}, path)
+    elif how == "smaller":
+        merges = (path / "merges.txt").read_text().splitlines()
+        vocab = json.loads((path / "vocab.json").read_text())
+        (path / "merges.txt").write_text("\n".join(merges[:-1]))
+        (path / "vocab.json").write_text(json.dumps(
+            {token: i - (i > 551) for token, i in vocab.items() if i != 551}))
+    elif how == "code":
+        torch.save({"w": Trap()}, path)
+    else:
+        path.write_bytes({"cut": path.read_bytes()[:-40], "empty": b"", "junk": b"\x93junk"}[how])
+    refused(f"(?=.*karlo).*({says})", unclip.load, folder,
+            kind=FileNotFoundError if how == "absent" else ValueError)
+    assert not (folder / "trapped").exists(), "the file's code was run"

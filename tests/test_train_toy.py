@@ -1,0 +1,556 @@
+"""The training loop: it learns what it should from what it should, resumes exactly, stops when it
+must; and runs as a user starts them."""
+import json
+import math
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from PIL import Image
+
+import clip
+import train_toy
+import unclip
+
+ROOT = Path(unclip.__file__).parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def world():
+    """-> config, Data of a small training set, embedded by an untrained CLIP."""
+    source, config = train_toy.World(40, seed=1), unclip.toy()
+    tokenizer = clip.Tokenizer.train(source.captions, 1024)
+    for part in (config.clip, config.diffusion_prior, config.ar_prior, config.decoder):
+        part.vocab_size = len(tokenizer)
+    data = train_toy.Data(source, tokenizer, config, CPU)
+    data.embed(train_toy.fresh_part("clip", train_toy.TOY["clip"], data, config, 0))
+    return config, data
+
+
+def few_steps(world, name, state=None, save=None, **changes):
+    """A part of the toy after a few steps, and its losses."""
+    config, data = world
+    recipe = replace(train_toy.TOY[name], **{"steps": 6, "batch": 8, "warmup": 1} | changes)
+    part = train_toy.fresh_part(name, recipe, data, config, 0)
+    batch_loss = train_toy.losses_of(name, part, data, recipe)
+    return part, train_toy.train(part, recipe, batch_loss, 0, state, save, 0.0)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def follow(recipe, w=1.0, loss=None, **options):
+    """Train one number by a loss with gradient 1 -> (learning rates, draws of each step, weights)."""
+    part, rates, draws, weights = nn.ParameterList([torch.tensor(float(w))]).eval(), [], [], []
+    optimizers = train_toy.make_optimizers(part, recipe)
+
+    def batch_loss(progress):
+        assert part[0].grad is None, "gradients of the step before pile up: zero_grad is missing"
+        assert part.training, "no dropout in training: train() is missing"
+        rates.append(optimizers[0].param_groups[1]["lr"])
+        draws.append(torch.rand(()).item())
+        weights.append(part[0].item())
+        return part[0] if loss is None else loss(part, progress)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_toy, "make_optimizers", lambda *_: optimizers)
+        train_toy.train(part, recipe, batch_loss, **options)
+    return rates, draws, weights + [part[0].item()]
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
+    recipe = train_toy.Recipe(steps=10, batch=1, lr=0.1, warmup=3)
+    want = [0.1 * min((i + 1) / 4, (1 + math.cos(math.pi * i / 10)) / 2) for i in range(10)]
+    assert follow(recipe)[0] == pytest.approx(want), "no warm-up, or no cosine?"
+    assert follow(replace(recipe, cosine=False))[0] == pytest.approx([0.025, 0.05, 0.075] + [0.1] * 7)
+
+
+def test_every_step_and_every_seed_draws_something_else_and_draws_it_again():
+    recipe = train_toy.Recipe(steps=8, batch=1, lr=0.1)
+    draws = [follow(recipe, seed=seed)[1] for seed in (0, 0, 1, 2 ** 64 - 1)]
+    assert len(set(draws[0])) == 8, "the same batch at every step"
+    assert draws[0] == draws[1] and not set(draws[0]) & set(draws[2]), "a seed without effect"
+
+
+def test_the_average_follows_the_weights_with_the_stated_decay():
+    """average <- d average + (1 - d) w after each step, d = min(ema, (1 + step) / (10 + step))."""
+    recipe, part, after = train_toy.Recipe(4, 1, 0.1, ema=0.2, warmup=0), nn.Linear(1, 1), []
+    average = part.weight.item()
+
+    def save(state):
+        after.append(state["model"]["weight"].item())
+    train_toy.train(part, recipe, lambda p: part(torch.ones(1)).sum(), save=save, save_seconds=0)
+    for step, w in enumerate(after):
+        d = min(0.2, (1 + step) / (10 + step))
+        average = d * average + (1 - d) * w
+    assert len(set(after)) == 4, "the weights do not move: is an optimiser called?"
+    assert part.weight.item() == pytest.approx(average, abs=1e-6), "d average + (1 - d) w"
+    assert part.weight.item() != after[-1], "the average is what a run ends with"
+    assert not part.training, "dropout after training: eval() is missing"
+
+
+def test_only_matrices_decay():
+    """With zero gradients only weight decay moves a weight: matrices, not gains, biases, scalars."""
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.scalar = nn.ModuleList([nn.Linear(4, 4)]), nn.Parameter(torch.ones(()))
+            self.emb, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+    for muon in (0.0, 0.1):
+        part = Part()
+        before = {name: w.detach().clone() for name, w in part.named_parameters()}
+        recipe = train_toy.Recipe(1, 1, 0.1, muon=muon, weight_decay=0.5, warmup=0)
+        train_toy.train(part, recipe, lambda progress: sum(w.sum() * 0 for w in part.parameters()))
+        for name, w in part.named_parameters():
+            kept = 0.95 if w.ndim > 1 else 1.0
+            assert torch.allclose(w, kept * before[name], atol=1e-6), \
+                f"{name}, muon {muon}: only matrices decay"
+
+
+def test_muon_moves_matrices_inside_blocks_and_adamw_the_rest(world):
+    config, data = world
+    part = train_toy.fresh_part("decoder", train_toy.TOY["decoder"], data, config, 0)
+    adamw, muon = train_toy.make_optimizers(part, train_toy.TOY["decoder"])
+    names = {id(w): name for name, w in part.named_parameters()}
+    moved = [[names[id(w)] for g in opt.param_groups for w in g["params"]] for opt in (adamw, muon)]
+    assert sorted(moved[0] + moved[1]) == sorted(names.values()), "each weight once"
+    assert all("blocks." in n or "unet.down" in n or "unet.mid" in n or "unet.up" in n
+               for n in moved[1]) and "unet.conv_in.weight" in moved[0]
+
+
+def test_newton_schulz_brings_singular_values_near_1_and_keeps_their_directions():
+    for rows, columns in [(6, 6), (6, 40)]:
+        u = torch.linalg.qr(torch.randn(rows, rows).double()).Q
+        v = torch.linalg.qr(torch.randn(columns, rows).double()).Q
+        s = torch.logspace(0, -2.5, rows).double()
+        s = expected = s / s.norm()
+        for _ in range(5):
+            expected = 3.4445 * expected - 4.775 * expected ** 3 + 2.0315 * expected ** 5
+        update = train_toy.orthogonal(7 * u * s @ v.mT)
+        torch.testing.assert_close(update, u * expected @ v.mT, rtol=1e-6, atol=1e-6)
+        assert ((0.68 < expected) & (expected < 1.21))[s > 0.002].all()
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 20), (20, 8), (8, 4, 3, 3), (40, 2, 3, 3)])
+def test_muon_steps_as_torchs_does(shape):
+    """torch's computes in bfloat16, ours in float32."""
+    ours, matrix = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape).flatten(1))
+    muon = train_toy.Muon([ours], lr=0.1, weight_decay=0.5)
+    reference = torch.optim.Muon([matrix], lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        ours.grad = torch.randn(shape)
+        matrix.grad = ours.grad.flatten(1)
+        muon.step()
+        reference.step()
+    moved = (ours - 1).flatten(1)
+    assert (moved - (matrix - 1)).norm() < 0.01 * moved.norm()
+
+
+def test_sharpness_aware_steps_take_the_gradient_at_the_worst_nearby_weights():
+    """Of (w^4 + u^4) / 4 at w = u = 1 it is (1 + rho / sqrt(2))^3; then weights are as before."""
+    w, u = (nn.Parameter(torch.tensor([1.0])) for _ in range(2))
+    ((w ** 4 + u ** 4) / 4).sum().backward()
+    with train_toy.worst_nearby([w, u], 0.1):
+        ((w ** 4 + u ** 4) / 4).sum().backward()
+    want = (1 + 0.1 / math.sqrt(2)) ** 3
+    assert w.grad.item() == pytest.approx(want, abs=1e-6), "one norm, over all the parameters"
+    assert w.item() == u.item() == 1, "the step to the worst weights is taken back"
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step():
+    recipe = train_toy.Recipe(steps=5, batch=1, lr=0.1)
+    with pytest.raises(FloatingPointError, match="at step 2"):
+        follow(recipe, loss=lambda part, p: part[0] * (math.nan if p == 2 / 5 else 1))
+
+
+# ---------------------------------------------------------------- what a batch is
+
+
+def test_every_image_is_trained_with_its_own_caption(world):
+    """The images and tokens of a batch, parsed and decoded: both sides of the data agree."""
+    _, data = world
+    tokenizer = clip.Tokenizer.train(data.source.captions, 1024)
+    for rows, size in ((data.groups(24), 32), (data.rows(24), 16)):
+        for row, image in zip(rows.tolist(), data.images(rows, size)):
+            text = tokenizer.decode(data.tokens[row])
+            assert train_toy.agrees(train_toy.parse(text), train_toy.read(image)), text
+        assert torch.equal(data.text(rows).z_t, data.z_t[rows])
+        assert torch.equal(data.text(rows).tokens, data.tokens[rows])
+    norms = torch.cat([data.z_i, data.z_t]).norm(dim=1)
+    assert (norms - 1).abs().max() < 1e-5, "embeddings of length 1"
+
+
+@pytest.mark.parametrize("name", ["diffusion_prior", "ar_prior", "decoder"])
+def test_what_a_loss_receives_belongs_together(world, name):
+    """Image, embedding and caption of each row of a batch are those of one row of the data."""
+    config, data = world
+
+    class Part(nn.Module):
+        def loss(self, *given):
+            self.given = given
+            return torch.zeros(1)
+    part = Part()
+    part.config = getattr(config, name)
+    train_toy.losses_of(name, part, data, replace(train_toy.TOY[name], batch=8))(0.0)
+    *images, z_i, text = part.given[:3] if name == "decoder" else part.given[:2]
+    rows = torch.cdist(z_i, data.z_i).argmin(1)
+    assert torch.equal(data.z_i[rows], z_i) and len(rows.unique()) > 1
+    assert torch.equal(text.z_t, data.z_t[rows]), "captions of other rows"
+    for x in images:
+        assert torch.equal(x, data.images(rows, x.shape[2])), "images of other rows"
+
+
+def test_the_curriculum_begins_with_one_object_and_relations_follow_two_by_two():
+    world, seen = train_toy.World(100, seed=1), []
+    for progress in (0.0, 0.2, 0.9):
+        scenes = world.scenes[:4 * round(100 * world.curriculum(progress))]
+        seen.append({scene.relation for scene in scenes})
+    assert seen == [{""}, {"", "left of", "above"}, {"", *train_toy.MIRROR}]
+
+
+def test_groups_are_whole_and_of_the_first_fraction(world):
+    _, data = world
+    rows = data.groups(64, 0.25).view(-1, 4)
+    assert (rows[:, :1] % 4 == 0).all() and (rows - rows[:, :1] == torch.arange(4)).all()
+    assert rows.max() < 0.25 * len(data)
+
+
+def test_captions_with_equal_tokens_are_one_caption():
+    class Source:
+        captions = ["A  red circle", "a red circle", "a blue circle", "a red circle "]
+
+        def images(self, rows, size):
+            return torch.zeros(len(rows), 3, size, size)
+    data = train_toy.Data(Source(), clip.Tokenizer.train(Source.captions, 600), unclip.toy(), CPU)
+    assert (data.ids == data.ids[0]).tolist() == [True, True, False, True]
+    Source.images = lambda self, rows, size: torch.full((len(rows), 3, size, size), 255.0)
+    with pytest.raises(ValueError, match="up to 255"):
+        data.draw(torch.arange(2), 8)
+
+
+def test_the_uniformity_loss_is_left_out_in_the_last_third(world):
+    config, data = world
+    recipe = train_toy.TOY["clip"]
+    part = train_toy.fresh_part("clip", recipe, data, config, 0)
+    losses = [train_toy.losses_of("clip", part, data, replace(recipe, uniformity=weight, batch=16))
+              for weight in (0.0, 1.0)]
+
+    def more(progress):
+        values = [(torch.manual_seed(0), loss(progress).item())[1] for loss in losses]
+        return values[1] - values[0]
+    assert more(0.0) > 1 and more(0.6) > 1 and more(0.7) == more(1.0) == 0
+
+
+def test_timesteps_are_drawn_as_the_recipe_has_them():
+    recipe = train_toy.TOY["decoder"]
+    t = train_toy.draw_timesteps(recipe, 1000, 4000)
+    assert 1 <= t.min() and t.max() <= 1000
+    x = torch.logit((t - 0.5).double() / 1000)
+    assert abs(x.mean() + 0.1) < 0.01 and abs(x.std() - 0.9) < 0.01, "N(-0.1, 0.9^2)"
+    assert train_toy.draw_timesteps(train_toy.PAPER["decoder"], 1000, 8) is None
+
+
+def test_the_decoders_projections_of_z_i_start_white(world):
+    config, data = world
+    part = train_toy.fresh_part("decoder", train_toy.TOY["decoder"], data, config, 0)
+    out = part.image_tokens(data.z_i).detach()
+    assert abs(out.mean()) < 1e-3 and 0.2 < out.std(0).mean() < 1.5
+    plain = nn.Linear(*part.image_tokens.weight.shape[::-1])(data.z_i).detach()
+    assert out.std(0).mean() > 3 * plain.std(0).mean()
+
+
+def test_a_temperature_that_overshot_can_come_back(world):
+    """scale = min(exp(tau), 100) has no gradient in tau beyond 100."""
+    config, data = world
+    part = train_toy.fresh_part("clip", train_toy.TOY["clip"], data, config, 0)
+    part.logit_scale.data.fill_(6.0)
+    train_toy.losses_of("clip", part, data, replace(train_toy.TOY["clip"], batch=8))(1.0).backward()
+    assert 99 < part.scale() <= 100 and part.logit_scale.grad.abs() > 0
+
+
+# ---------------------------------------------------------------- all parts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", train_toy.TOY)
+def test_six_steps_are_three_steps_saved_loaded_and_three_more(world, name, tmp_path):
+    def save(state):
+        if len(state["losses"]) == 3:
+            torch.save(state, tmp_path / "state.pt")
+    part, losses = few_steps(world, name, save=save)
+    again, resumed = few_steps(world, name, torch.load(tmp_path / "state.pt", weights_only=True))
+    assert losses == resumed, "a resumed run draws what it would have drawn"
+    for key, w in part.state_dict().items():
+        assert torch.equal(w, again.state_dict()[key]), f"{key}: weight, average or moment is lost"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", train_toy.TOY)
+def test_twenty_steps_lower_the_loss(world, name):
+    _, losses = few_steps(world, name, steps=24, batch=16 if name != "upsampler2" else 8, warmup=4)
+    first, last = np.mean(losses[:4]), np.mean(losses[-4:])
+    assert last < first - 0.1, f"{name}: from {first:.3f} to {last:.3f}; is an optimiser called?"
+
+
+@pytest.mark.long
+def test_the_papers_preset_trains_by_the_same_loop(tmp_path, command, monkeypatch):
+    """Narrow, in bfloat16 and recomputing, with dropout and predicting eps; then other parts over
+    the CLIP that is there, with another batch; but not half of a part so and half otherwise."""
+    config = unclip.toy()
+    config.name, config.clip = "paper", replace(config.clip, context=18)
+    for name in ("decoder", "upsampler1", "upsampler2"):
+        setattr(config, name, replace(getattr(config, name), predicts="eps"))
+    config.upsampler1.residual = False
+    config.decoder.unet = replace(config.decoder.unet, dropout=0.1)
+    config.sampling = unclip.Sampling(prior_steps=2, decoder_steps=2, upsampler_steps=(2, 2))
+    monkeypatch.setitem(unclip.PRESETS, "paper", config)
+    options = ["--preset", "paper", "--groups", "20", "--batch", "8", "--steps-scale", "1e-9",
+               "--dtype", "bf16", "--recompute", "--out", tmp_path]
+    said, code = command(*options, "--only", "clip")
+    assert code == 0, said
+    said, code = command(*options, "--resume", "--only", "decoder", "diffusion_prior", "--batch", 4)
+    assert code == 0 and "clip:" not in said, said
+    model = unclip.load(tmp_path / "paper.pt")
+    assert model.config.name == "paper" and model.parts["ar_prior"] is None
+    assert model.sample(["a red circle"], upsampler_steps=(), progress=False).isfinite().all()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.save(state | {"current": {"ar_prior": {"losses": []}}}, tmp_path / "state.pt")       # as if stopped
+    said, code = command(*options[:8], "--out", tmp_path, "--resume", "--batch", 4)
+    assert code == 2 and "dtype bf16" in said, said
+
+
+TABLE_3 = {"ar_prior": (4096, 1_000_000, 1.6e-4, 4e-2, 0.91, 1e-10, 0.999),
+           "diffusion_prior": (4096, 600_000, 1.1e-4, 6e-2, 0.96, 1e-6, 0.9999),
+           "decoder": (2048, 800_000, 1.2e-4, 0, 0.999, 1e-8, 0.9999),
+           "upsampler1": (1024, 1_000_000, 1.2e-4, 0, 0.999, 1e-8, 0.9999),
+           "upsampler2": (512, 1_000_000, 1.0e-4, 0, 0.999, 1e-8, 0.9999)}
+
+
+@pytest.mark.parametrize("name", TABLE_3)
+def test_the_papers_recipes_are_those_of_its_table_3(name):
+    r = train_toy.PAPER[name]
+    assert (r.batch, r.steps, r.lr, r.weight_decay, r.beta2, r.eps, r.ema) == TABLE_3[name]
+    plain = train_toy.Recipe(r.steps, r.batch, r.lr)
+    for toys in ("muon", "logit_normal", "uniformity", "start", "sam"):
+        assert getattr(r, toys) == getattr(plain, toys), f"{toys} is not in the paper"
+    assert not r.cosine
+
+
+# ---------------------------------------------------------------- whole runs, as a user starts them
+
+TINY = ["--groups", "20", "--steps-scale", "0.002", "--batch", "8", "--save-seconds", "0"]
+
+
+@pytest.fixture
+def command(capsys):
+    """Options -> what train_toy.py prints, and its exit status."""
+    def run(*options):
+        try:
+            train_toy.main([str(option) for option in options])
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return "".join(capsys.readouterr()), status
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    train_toy.main([*TINY, "--out", str(out)])
+    return out
+
+
+@pytest.mark.slow
+def test_a_run_writes_weights_curves_and_samples(finished):
+    model = unclip.load(finished / "toy.pt")
+    assert all(part is not None for part in model.parts.values())
+    done = torch.load(finished / "state.pt", weights_only=True)["done"]
+    for name, part in model.parts.items():
+        for key, w in part.state_dict().items():
+            assert torch.equal(w.half(), done[name][key].half()), f"{name}.{key}: not what was trained"
+    for name in ("losses.png", "decoder.png", "upsampler1.png", "upsampler2.png"):
+        assert clip.open_image(finished / name).shape[1] > 150
+    assert "circle" in model.words and "above" in model.words
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_saves_resumes_to_the_same_weights(finished, tmp_path, command,
+                                                                 monkeypatch):
+    """Killed in CLIP and in the decoder, another part trained between: the same file."""
+    write, kill = unclip.write_atomically, ["clip", "decoder"]
+
+    def write_and_die(path, writer):
+        write(path, writer)
+        if path.name == "state.pt":
+            state = torch.load(path, weights_only=True)
+            if kill and kill[0] in state["current"]:
+                kill.pop(0)
+                raise KeyboardInterrupt
+    monkeypatch.setattr(unclip, "write_atomically", write_and_die)
+    for options in ((), ("--resume",), ("--resume", "--only", "upsampler2"), ("--resume",)):
+        said, code = command(*TINY, "--out", tmp_path, *options)
+        assert code in (0, 130), said
+    assert code == 0 and not kill
+    one, other = (torch.load(p / "state.pt", weights_only=True)["done"]
+                  for p in (finished, tmp_path))
+    assert list(one) != list(other), "another order"
+    for part in one:
+        for key, w in one[part].items():
+            assert torch.equal(w, other[part][key]), f"{part}.{key} differs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options, complaint", [
+    ((), "--resume"), (("--resume", "--seed", "5"), "with seed 0, not 5"),
+    (("--resume", "--steps-scale", "0.003"), "steps_scale 0.002"),
+    (("--resume", "--groups", "21"), "captions"), (("--batch", "6"), "multiple of 4"),
+    (("--steps-scale", "0"), "steps-scale"), (("--sam", "-1"), "--sam"), (("--data", ""), "expected")])
+def test_a_run_is_not_overwritten_and_not_resumed_as_another(finished, command, options, complaint):
+    before = (finished / "state.pt").read_bytes(), (finished / "toy.pt").read_bytes()
+    said, code = command(*TINY, "--out", finished, *options)
+    assert code == 2 and complaint in said and "Traceback" not in said, said
+    assert before == ((finished / "state.pt").read_bytes(), (finished / "toy.pt").read_bytes())
+
+
+def test_a_folder_of_other_weights_of_a_running_run_or_a_file_is_refused(tmp_path, command):
+    (tmp_path / "toy.pt").write_bytes(b"weights that this run did not make")
+    said, code = command(*TINY, "--out", tmp_path)
+    assert code == 2 and "toy.pt is there already" in said, said
+    said, code = command(*TINY, "--out", tmp_path / "toy.pt")
+    assert code == 2 and "is a file" in said, said
+    with train_toy.locked(tmp_path):
+        said, code = command(*TINY, "--out", tmp_path)
+    assert code == 2 and "another run is training" in said, said
+    torch.save({"format": "unclip run 2"}, tmp_path / "state.pt")
+    said, code = command(*TINY, "--out", tmp_path, "--resume")
+    assert code == 2 and "unclip run 3" in said, said
+
+
+@pytest.mark.slow
+def test_your_own_images_train_it_too(tmp_path, command):
+    """Every kind that Pillow opens, captions in every encoding; what is left out is named."""
+    data, rng = tmp_path / "data", random.Random(0)
+    data.mkdir()
+    for i, kind in enumerate(("png", "jpg", "webp", "bmp", "gif", "tif", "PNG", "jpeg")):
+        scene = train_toy.random_scene(rng)
+        image = unclip.to_pil(train_toy.render(scene, 64)).resize((80 + i, 70))
+        image.save(data / f"{i}.{kind}")
+        encoding = ("utf-8", "utf-8-sig", "utf-16", "cp1252")[i % 4]
+        (data / f"{i}.txt").write_text(train_toy.caption(scene) + " in a café", encoding=encoding)
+    for name, text in (("a", "\ufeff"), ("b", "&nbsp;"), ("c", "\u200b")):
+        Image.new("RGB", (9, 9)).save(data / f"{name}.png")
+        (data / f"{name}.txt").write_text(text, encoding="utf-8")
+    (data / "broken.png").write_bytes(b"no image")
+    (data / "0.txt").write_text("a red circle, as round as one can be, " * 4)
+    source = train_toy.Folder(data)
+    assert len(source.captions) == 8 and all(text.endswith("café") for text in source.captions[1:])
+    said, code = command("--data", data, "--out", tmp_path / "run", "--only", "decoder",
+                         "--steps-scale", "0.001", "--batch", "8")
+    assert code == 0 and "8 images" in said and "4 left out, the first: a.png" in said, said
+    assert "1 of 8 captions have more than 20 tokens" in said
+    assert "café" in unclip.load(tmp_path / "run/toy.pt").words
+
+
+def test_a_folder_without_pairs_is_one_sentence_and_exit_status_2(tmp_path, command):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    for folder in (tmp_path, tmp_path / "none"):
+        said, code = command("--data", folder, "--out", tmp_path / "run")
+        assert code == 2 and "each with its caption in NAME.txt" in said, said
+
+
+def test_read_prints_what_is_in_an_image_and_world_draws_a_sheet(tmp_path, command):
+    scene = train_toy.random_scene(random.Random(3), two=True, unstated=0)
+    unclip.to_pil(train_toy.render(scene, 256)).save(tmp_path / "a.png")
+    said, code = command("read", tmp_path / "a.png")
+    assert code == 0 and train_toy.parse(said.strip()) == scene
+    said, code = command("read", tmp_path / "c.png")
+    assert code == 2 and "c.png" in said
+    said, code = command("world", "-o", tmp_path / "world.png")
+    assert code == 0 and (tmp_path / "world.png").stat().st_size > 2e4
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+class Painter:
+    """A model that draws what z_i holds: the number of a caption, hidden in its embedding."""
+    def __init__(self, scenes):
+        self.scenes, self.seen = scenes, []
+        self.config = unclip.toy()
+
+    def encode_text(self, captions):
+        rows = torch.tensor([[captions_of(self.scenes).index(c)] for c in captions])
+        return clip.Text(rows, rows, 1.0 + rows.expand(-1, 2), rows)
+
+    def encode_image(self, images):
+        return images.mean((2, 3))
+
+    def sample_prior(self, text, which="diffusion", generator=None):
+        self.seen.append(which)
+        return text.z_t
+
+    def sample_decoder(self, z_i, text, generator=None):
+        self.seen.append(z_i)
+        return train_toy.render_many([self.scenes[i] for i in text.tokens[:, 0]], 16)
+
+    def upsample(self, x, generator=None):
+        return nn.functional.interpolate(x, 64, mode="bicubic")
+
+    def rerank(self, images, captions, keep):
+        return images[::4]
+
+
+def captions_of(scenes):
+    return [train_toy.caption(scene) for scene in scenes]
+
+
+@pytest.mark.parametrize("condition", train_toy.CONDITIONS)
+def test_each_condition_receives_what_it_must_and_nothing_else(condition):
+    rng, scenes = random.Random(0), []
+    while len(scenes) < 12:
+        new = train_toy.random_scene(rng)
+        scenes += [new] if train_toy.caption(new) not in captions_of(scenes) else []
+    model = Painter(scenes)
+    row = train_toy.score(model, {"a": scenes[:6], "b": scenes[6:]}, condition)
+    assert row["a"] == row["b"] == 1 and not row["wrong attributes"] and not row["wrong pairs"]
+    images = train_toy.render_many(scenes, model.config.upsampler2.unet.size)
+    want = {"caption alone": torch.zeros(12, 2), "true image embedding": clip.unit(
+        images.mean((2, 3))), "text embedding in its place": clip.unit(model.encode_text(
+            captions_of(scenes)).z_t)}.get(condition)
+    if want is not None:
+        assert torch.allclose(model.seen[0], want, atol=1e-5), f"{condition} got something else"
+    else:
+        assert model.seen[0] == ("ar" if "AR" in condition else "diffusion")
+        assert len(model.seen[1]) == (48 if condition == train_toy.BEST else 12)
+
+
+@pytest.mark.slow
+def test_evaluate_prints_a_table_and_writes_json(tmp_path, command, finished):
+    said, code = command("evaluate", "--weights", finished / "toy.pt", "--captions", 5, "--json",
+                         tmp_path / "e.json", "--conditions", "caption alone")
+    assert code == 0 and "| caption alone | 0.0 % | 0.0 % | 0.0 % |" in said, said
+    row, = json.loads((tmp_path / "e.json").read_text())["rows"]
+    assert row["one object"] == 0 and sum(row["wrong pairs"].values()) >= 3
+
+
+@pytest.mark.long
+def test_two_processes_lose_what_one_loses_and_go_on_in_any_number(tmp_path):
+    """Sharded weights, clipped norms, averages, Muon, the contrastive loss over all rows: alike."""
+    script = ROOT / "tests/extras/two_processes.py"
+    for start in (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], []):
+        subprocess.run([sys.executable, *start, str(script), str(tmp_path)], check=True)
+    two, one = (torch.load(tmp_path / f"results{n}.pt", weights_only=True) for n in (2, 1))
+    for name in train_toy.TOY:
+        assert two[name] == pytest.approx(one[name], rel=1e-5), name
+        assert two[name] == two[f"{name} resumed"], "two go on as two"
+        assert one[f"{name} resumed"] == pytest.approx(two[name], rel=1e-5), "two go on as one"
+        for key, w in two[f"{name} weights"].items():
+            assert torch.equal(w, two[f"{name} resumed weights"][key]), f"{name}.{key}"
