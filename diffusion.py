@@ -222,7 +222,7 @@ def cosine_alphabar(T):
 
 
 def linear_alphabar(T):
-    """The linear schedule: beta from 1e-4 to 0.02, times 1000 / T, or x_T is no noise. DDPM sec. 4"""
+    """Linear: beta from 1e-4 to 0.02, times 1000 / T, else x_T would not be noise.   DDPM sec. 4"""
     if T < 2:
         raise ValueError(f"expected T >= 2 for the linear schedule, got {T}; use cosine_alphabar")
     return cumulate(torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T)
@@ -296,7 +296,7 @@ def ddim_step(alphabar, x_t, t, s, x0, eta=0.0, noise=None):
 
 
 def ddim_invert_step(alphabar, x_t, t, u, x0):
-    """One step up, u > t, along the noise that x_t and x0 imply: undoes `ddim_step`.   ADM app. F"""
+    """One step up, u > t >= 1, along the noise of x_t and x0: undoes `ddim_step`.   ADM app. F"""
     two_timesteps(alphabar, u, t, "u > t >= 1 (towards noise; a clean image may be x_1)", first=1)
     return q_sample(alphabar, x0, u, to_eps(alphabar, x0, x_t, t))
 

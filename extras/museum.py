@@ -366,8 +366,8 @@ BUGS = {
         "x.repeat_interleave(candidates, dim=0)", "x.repeat(candidates, *[1] * (x.ndim - 1))",
         "row 0", "repeat for repeat_interleave: candidates are drawn for one caption and "
         "compared with another."),
-    "answer_in_sight": Bug("prior.ARPrior.forward", "mask = mask.tril(L)[None, None]",
-        "mask = mask.tril(L + 1)[None, None]", "only the codes before it", "Off by one: code k "
+    "answer_in_sight": Bug("prior.ARPrior.forward", ".tril(L)[None, None]",
+        ".tril(L + 1)[None, None]", "only the codes before it", "Off by one: code k "
         "is predicted where code k is known. The loss falls to 0 and samples are noise (minGPT "
         "#75 found another way there)."),
     "position_of_another_code": Bug("prior.ARPrior.forward", "self.pos[n + 1]", "self.pos[n]",
