@@ -147,7 +147,7 @@ def draw_image(d):
         mean, basis = components(d.model, 100 * len(d.scenes))
         basis = basis[:, :d.setting.components]
         d.z_i = clip.unit(mean + (d.z_i - mean) @ basis @ basis.T)
-        x_T = d.artist.part("decoder").noise(d.z_i, d.generator)
+        x_T = d.artist.part("decoder").x_T(d.z_i, d.generator)
     if d.setting.edit:
         # not UnCLIP.difference, which refuses captions that CLIP has not learnt to tell apart
         z_t0, z_t = (clip.unit(d.artist.encode_text(texts).z_t)
