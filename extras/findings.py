@@ -147,7 +147,8 @@ def draw_image(d):
         mean, basis = components(d.model, 100 * len(d.scenes))
         basis = basis[:, :d.setting.components]
         d.z_i = clip.unit(mean + (d.z_i - mean) @ basis @ basis.T)
-        x_T = d.artist.part("decoder").x_T(d.z_i, d.generator)
+        size = d.artist.config.decoder.unet.size
+        x_T = diffusion.noise_like(torch.empty(len(d.z_i), 3, size, size), d.generator)
     if d.setting.edit:
         # not UnCLIP.difference, which refuses captions that CLIP has not learnt to tell apart
         z_t0, z_t = (clip.unit(d.artist.encode_text(texts).z_t)
