@@ -21,8 +21,6 @@ import torch
 from tqdm import tqdm
 
 # ---------------------------------------------------------------- training   (DDPM algorithm 1)
-
-
 def q_sample(alphabar, x0, t, eps):
     """The forward process, reparametrised: x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps.  DDPM eq. 4"""
     return expand(alphabar[t].sqrt(), x0) * x0 + expand((1 - alphabar[t]).sqrt(), x0) * eps
@@ -86,8 +84,6 @@ def to_eps(alphabar, x0, x_t, t):
 
 
 # ---------------------------------------------------------------- sampling   (DDPM algorithm 2)
-
-
 @torch.no_grad()
 def sample(network, alphabar, x, timesteps, *, predicts="eps", clamp=None, variance="small",
            eta=None, generator=None, progress=None):
@@ -102,13 +98,11 @@ def sample(network, alphabar, x, timesteps, *, predicts="eps", clamp=None, varia
     ValueError for an unknown word, a prediction of another shape, or eta and a variance together.
     """
     for t, s in tqdm(transitions(timesteps), desc=progress, leave=False, disable=progress is None):
-        x = p_sample(network, alphabar, x, t, s, predicts=predicts, clamp=clamp, variance=variance,
-                     eta=eta, generator=generator)
+        x = p_sample(network, alphabar, x, t, s, predicts, clamp, variance, eta, generator)
     return x
 
 
-def p_sample(network, alphabar, x_t, t, s, *, predicts="eps", clamp=None, variance="small",
-             eta=None, generator=None):
+def p_sample(network, alphabar, x_t, t, s, predicts, clamp, variance, eta, generator):
     """One step of the reverse process: x_s drawn from p(x_s | x_t), 0 <= s < t. As in `sample`."""
     if eta is not None and (torch.is_tensor(variance) or variance != "small"):
         raise ValueError("expected eta (DDIM) or a variance (DDPM), got both; leave one out")
@@ -209,8 +203,6 @@ def two_timesteps(alphabar, t, s, order="s < t (sampling goes towards the data)"
 
 
 # ---------------------------------------------------------------- noise schedules and timesteps
-
-
 def cosine_alphabar(T):
     """The cosine schedule: alphabar falls as a squared cosine, gently at both ends.   IDDPM eq. 17
 
@@ -251,20 +243,17 @@ def spaced_timesteps(T, K):
     """
     if not 1 <= K <= T:
         raise ValueError(f"expected between 1 and {T} sampling steps, got {K}")
-    timesteps, c = [], 0.0
-    for _ in range(K if K > 1 else 0):
-        timesteps.append(1 + round(c))
-        c += (T - 1) / (K - 1)
-    return timesteps or [T]
+    if K == 1:
+        return [T]
+    strides = [0.0] + [(T - 1) / (K - 1)] * (K - 1)
+    return [1 + round(c) for c in np.cumsum(strides).tolist()]
 
 
 def section_timesteps(T, counts):
     """counts[i] timesteps of each equal section of 1..T: (10, [2, 3, 1]) -> [1, 4, 5, 6, 7, 10]"""
-    timesteps, start = [], 0
-    for i, K in enumerate(counts):
-        size = T // len(counts) + (i < T % len(counts))
-        timesteps += [start + t for t in spaced_timesteps(size, K)]
-        start += size
+    timesteps = []
+    for section, K in zip(np.array_split(range(T), len(counts)), counts):
+        timesteps += [int(section[0]) + t for t in spaced_timesteps(len(section), K)]
     return timesteps
 
 
@@ -274,8 +263,6 @@ def glide27_timesteps(T=1000):
 
 
 # ---------------------------------------------------------------- DDIM and its inversion
-
-
 def ddim_step(alphabar, x_t, t, s, x0, eta=0.0, noise=None):
     """From t to s along the predicted noise, part of it replaced by fresh noise.   DDIM eq. 12, 16
 
@@ -319,8 +306,6 @@ def invert(network, alphabar, x, timesteps, *, predicts="eps", clamp=None, progr
 
 
 # ---------------------------------------------------------------- inpainting   (RePaint)
-
-
 @torch.no_grad()
 def inpaint(network, alphabar, x, known, mask, timesteps, *, resample=10, predicts="eps",
             clamp=None, variance="small", generator=None, progress=None):
@@ -333,7 +318,6 @@ def inpaint(network, alphabar, x, known, mask, timesteps, *, resample=10, predic
     """
     if resample < 1:
         raise ValueError(f"expected resample >= 1, how often each step is made, got {resample}")
-    mask, options = mask.bool(), dict(predicts=predicts, clamp=clamp, variance=variance)
     for t, s in tqdm(transitions(timesteps), desc=progress, leave=False, disable=progress is None):
         for repetition in range(resample if s > 0 else 1):
 
@@ -342,15 +326,13 @@ def inpaint(network, alphabar, x, known, mask, timesteps, *, resample=10, predic
                 x = q_sample(alphabar / alphabar[s], x, t, noise_like(x, generator))
 
             # down from t to s: the unknown part by the network, the known part by q_sample
-            x = p_sample(network, alphabar, x, t, s, generator=generator, **options)
+            x = p_sample(network, alphabar, x, t, s, predicts, clamp, variance, None, generator)
             known_s = q_sample(alphabar, known, s, noise_like(x, generator)) if s > 0 else known
-            x = torch.where(mask, known_s, x)
+            x = torch.where(mask.bool(), known_s, x)
     return x
 
 
 # ---------------------------------------------------------------- the variance of a DDPM step
-
-
 def step_variance(alphabar, variance, small, raw, t, s):
     """The variance of p(x_s | x_t) by its name in `sample`; small is that of q_posterior.
 
@@ -438,8 +420,6 @@ def measure_cov(network, alphabar, x0, timesteps, generator=None, predicts="x0")
 
 
 # ---------------------------------------------------------------- demo: python diffusion.py
-
-
 def mixture_x0(alphabar, x_t, t, centres, std):
     """E[x0 | x_t] of equally likely Gaussians at centres (K, D): by Bayes' rule the best x0_hat."""
     a, var = alphabar[t].sqrt(), alphabar[t] * std ** 2 + 1 - alphabar[t]
@@ -459,13 +439,13 @@ def demo(path=None):
     centres = 1.8 * torch.stack([angle.sin(), -angle.cos()], dim=1)            # (5, 2) a pentagon
     x0 = centres[torch.randint(5, (4000,))] + std * torch.randn(4000, 2)
     forward = {t: q_sample(alphabar, x0, t, torch.randn_like(x0)) for t in timesteps[1:]} | {0: x0}
-    reverse, x = {}, torch.randn(4000, 2)
+    reverse, x_T = {}, torch.randn(4000, 2)
 
     def network(x_t, t):
         reverse[t] = x_t
         return mixture_x0(alphabar, x_t, t, centres, std)
 
-    reverse[0] = sample(network, alphabar, x, range(10, 1001, 10), predicts="x0")
+    reverse[0] = sample(network, alphabar, x_T, range(10, 1001, 10), predicts="x0")
     rows = {"data, more and more noise": forward, "and back, from noise alone:": reverse}
 
     figure = Figure(figsize=(10, 4.3), layout="constrained")

@@ -144,7 +144,7 @@ BUGS = {
         "diffusers #12341 wants a switch for it."),
     "no_cap": Bug("diffusion.cumulate", "betas.clamp(max=0.999)", "betas", "cap betas", "The cap "
         "of IDDPM eq. 17 forgotten: alphabar_T is 0, and x0 = x_T / 0."),
-    "starts_below_T": Bug("diffusion.spaced_timesteps", "c += (T - 1) / (K - 1)", "c += T // K",
+    "starts_below_T": Bug("diffusion.spaced_timesteps", "[(T - 1) / (K - 1)]", "[T // K]",
         "1 and T", "DALLE2-pytorch's DDIM, and diffusers #2585: 50 steps begin at 981 of 1000, "
         "where training noise is left out."),
     "last_step_not_taken": Bug("diffusion.transitions", "[*reversed(timesteps), 0]",
@@ -235,9 +235,9 @@ BUGS = {
     "never_resampled": Bug("diffusion.inpaint", "range(resample if s > 0 else 1)", "range(1)",
         "`resample` times each step", "denoising-diffusion-pytorch #319 (fixed): RePaint's "
         "resampling stood after the sampling loop, not in it."),
-    "mask_inverted": Bug("diffusion.inpaint", "torch.where(mask, known_s, x)",
-        "torch.where(mask, x, known_s)", "must come back as it was", "RePaint keeps where its "
-        "mask is 1, Stable Diffusion repaints there: the wrong part stays."),
+    "mask_inverted": Bug("diffusion.inpaint", "torch.where(mask.bool(), known_s, x)",
+        "torch.where(mask.bool(), x, known_s)", "must come back as it was", "RePaint keeps where "
+        "its mask is 1, Stable Diffusion repaints there: the wrong part stays."),
     "std_for_variance": Bug("diffusion.step_variance", "learned_log_var(alphabar, raw, t, s).exp()",
         "(0.5 * learned_log_var(alphabar, raw, t, s)).exp()", "a variance for a std",
         "diffusers' unCLIP scheduler returns exp(log_var / 2) as `variance`; used as one it is "
