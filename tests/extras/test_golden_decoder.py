@@ -64,27 +64,27 @@ def degrade(image, number):
 
 
 def test_a_quarter_of_the_side_in_range_mildly_degraded_and_the_rng_decides():
-    shapes = torch.ones(3, 256, 256)
-    shapes[:, 40:140, 40:140] = torch.tensor([0.8, -0.8, -0.8])[:, None, None]
-    shapes[:, 150:220, 120:230] = torch.tensor([-0.8, -0.6, 0.8])[:, None, None]
-    before, clean = shapes.clone(), decoder.shrink(shapes[None], 64)[0]
-    low = torch.stack([degrade(shapes, number) for number in range(40)])
+    image = torch.ones(3, 256, 256)
+    image[:, 40:140, 40:140] = torch.tensor([0.8, -0.8, -0.8])[:, None, None]
+    image[:, 150:220, 120:230] = torch.tensor([-0.8, -0.6, 0.8])[:, None, None]
+    before, clean = image.clone(), decoder.shrink(image[None], 64)[0]
+    low = torch.stack([degrade(image, number) for number in range(40)])
     assert low.shape == (40, 3, 64, 64) and low.dtype == torch.float32 and low.abs().max() <= 1
     assert (low.amin((1, 2, 3)) < -0.7).all() and (low.amax((1, 2, 3)) > 0.9).all(), "the range?"
     rms = (low - clean).pow(2).mean((1, 2, 3)).sqrt()
     assert 0.02 < rms.median() < 0.2 and len(set(rms.tolist())) == 40, "each its own degradation"
-    assert torch.equal(shapes, before), "the caller's image was changed"
     torch.manual_seed(2), np.random.seed(2)
-    assert torch.equal(low[5], degrade(shapes, 5)), "some draw does not come from rng"
+    assert torch.equal(low[5], degrade(image, 5)), "some draw does not come from rng"
+    assert torch.equal(image, before), "the caller's image was changed"
     assert degrade(torch.zeros(3, 64, 96), 0).shape == (3, 16, 24)
-    for wrong in (shapes[:, :66, :64], shapes[:, :32, :32], 255 * shapes):
+    for wrong in (image[:, :66, :64], image[:, :32, :32], 255 * image):
         with pytest.raises(ValueError, match=r"\[-1, 1\]"):
             degrade(wrong, 0)
 
 
 def test_steps_come_in_any_order_but_the_exact_resize_after_the_other_and_jpeg_last(monkeypatch):
-    names, runs = ["blur", "resize", "downsample", "noise", "jpeg"], []
-    for name in names:
+    runs = []
+    for name in ("blur", "resize", "downsample", "noise", "jpeg"):
         def spy(x, *more, name=name):
             runs[-1].append((name, *more[:-1]))
             return torch.zeros(1, 3, *more[0]) if name == "resize" else x
@@ -92,37 +92,37 @@ def test_steps_come_in_any_order_but_the_exact_resize_after_the_other_and_jpeg_l
     for number in range(400):
         runs.append([])
         degrade(torch.zeros(3, 64, 64), number)
-    for run in runs:
-        fit, first = run.index(("resize", (16, 16))), [name for name, *_ in run].index("downsample")
-        assert run[-1] == ("jpeg",) and first < fit and len(run) in (5, 6, 7)
+
+    names = [[name for name, *_ in run] for run in runs]
+    for run, steps in zip(runs, names):
+        assert steps.index("downsample") < run.index(("resize", (16, 16))) and len(run) in (5, 6, 7)
+    assert {steps[-1] for steps in names} == {"jpeg"}
+    assert {steps.index("blur") for steps in names} >= {0, 1, 2, 3}
+    assert abs(sum(steps.count("jpeg") for steps in names) / 400 - 1.9) < 0.05
     halved = [run for run in runs if ("blur", 2) in run]
     assert all(("downsample", 2) in run for run in halved) and 70 < len(halved) < 130, "a quarter"
     assert 25 < sum(("resize", (32, 32)) in run for run in halved) < 75, "half of them at random"
-    assert abs(sum(run.count(("jpeg",)) for run in runs) / 400 - 1.9) < 0.05
-    assert {[name for name, *_ in run].index("blur") for run in runs} >= {0, 1, 2, 3}
 
 
-def test_a_flat_image_keeps_its_mean_colour_and_nothing_leaves_the_range():
-    colour = torch.tensor([0.6, -0.2, -0.5])
+def test_colours_stay_nothing_leaves_the_range_and_nothing_drifts():
+    """A half-pixel error would be 0.125 or 0.5 low-res pixels, always to the same side."""
+    colour = torch.tensor([0.6, -0.2, -0.5])[:, None, None].expand(3, 128, 128)
+    edges, levels = (torch.rand(1, 3, 32, 32) > 0.5).float(), torch.arange(255) + 0.8
     for number in range(20):
-        moved = degrade(colour[:, None, None].expand(3, 128, 128), number).mean((1, 2)) - colour
+        moved = (degrade(colour, number) - colour[:, :32, :32]).mean((1, 2))
         assert moved.abs().max() < 4 / 127.5, f"moved by {moved}; R and B swapped, edges black?"
-    edges = (torch.rand(1, 3, 32, 32) > 0.5).float()
-    for rng in map(np.random.default_rng, range(20)):
+        rng = np.random.default_rng(number)
         for x in (decoder.random_resize(edges, (13, 13), rng), decoder.random_noise(edges, rng)):
             assert 0 <= x.min() and x.max() <= 1, "clamped to [0, 1]?"
-    levels = torch.arange(255) + 0.8
     saved = [decoder.random_jpeg((x / 255).expand(1, 3, 8, 8), rng).mean() * 255 for x in levels]
     assert abs((torch.stack(saved) - levels).mean() - 0.2) < 0.1, "pixels are rounded, not cut"
 
-
-def test_nothing_drifts():
-    """A half-pixel error would be 0.125 or 0.5 low-res pixels, always to the same side."""
     def centre(x):                                   # of mass of a light object on black, in sides
         light, place = (x.mean(0) + 0.7).relu(), (torch.arange(x.shape[1]) + 0.5) / x.shape[1]
         return torch.stack([light.sum(1) @ place, light.sum(0) @ place]) / light.sum()
-    y, x = torch.meshgrid(torch.arange(128.0), torch.arange(128.0), indexing="ij")
-    blob = 2 * torch.exp(-((y - 30.3) ** 2 + (x - 91.8) ** 2) / (2 * 7 ** 2)).expand(3, -1, -1) - 1
+    i = torch.arange(128.0)
+    blob = 2 * torch.exp(-((i[:, None] - 30.3) ** 2 + (i - 91.8) ** 2) / (2 * 7 ** 2)) - 1
+    blob = blob.expand(3, 128, 128)
     drift = 32 * sum(centre(degrade(blob, number)) - centre(blob) for number in range(150)) / 150
     assert drift.abs().max() < 0.05, f"mean drift {drift} low-res pixels"
 
@@ -133,12 +133,11 @@ def test_a_random_blur_is_a_gaussian_of_an_allowed_size():
     dot[..., 16, 16] = 1
     for number in range(60):
         k = decoder.random_blur(dot, 4, np.random.default_rng(number))[0, 0]
-        y, x, xy = (k.sum(1) * offset).sum(), (k.sum(0) * offset).sum(), offset @ k @ offset
-        var = torch.stack([(k.sum(1) * offset ** 2).sum(), (k.sum(0) * offset ** 2).sum()])
-        assert abs(k.sum() - 1) < 1e-12 and k.min() >= 0 and max(abs(y), abs(x)) < 1e-9
+        mean, var = (torch.stack([k.sum(1), k.sum(0)]) @ offset ** n for n in (1, 2))
+        assert abs(k.sum() - 1) < 1e-12 and k.min() >= 0 and mean.abs().max() < 1e-9
         assert not k[:9].any() and not k[:, :9].any(), "the largest kernel is 14 (here 15) wide"
         assert var.max() <= 2, f"variances {var}, at most (4 + 4) / 4"
-        tilted += abs(xy) > 0.05 * var.prod().sqrt()
+        tilted += abs(offset @ k @ offset) > 0.05 * var.prod().sqrt()
     assert 12 <= tilted <= 40, f"{tilted} of 60 blurs are tilted; expected up to about half"
 
 
