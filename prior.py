@@ -24,8 +24,6 @@ import diffusion
 from clip import unit
 
 # ---------------------------------------------------------------- diffusion prior
-
-
 @dataclass
 class DiffusionPriorConfig:
     """Sizes of the toy's diffusion prior; in the comments the paper's (unCLIP table 3)."""
@@ -157,8 +155,6 @@ class DiffusionPrior(nn.Module):
 
 
 # ---------------------------------------------------------------- autoregressive prior
-
-
 @dataclass
 class ARPriorConfig:
     """Sizes of the toy's AR prior; in the comments the paper's (unCLIP table 3, sec. 2.2)."""
@@ -329,8 +325,6 @@ def quantile_edges(y, buckets):
 
 
 # ---------------------------------------------------------------- demo: python prior.py
-
-
 def demo(path=None, steps=64):
     """One z_i is sampled step by step: to which of four captions does it come near?"""
     import unclip                                # a later chapter, which only the demo imports

@@ -8,6 +8,24 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
+import torch
+
+
+def seed(number=0):
+    return torch.Generator().manual_seed(number)
+
+
+def rand(*shape, number=0):
+    return torch.randn(*shape, generator=seed(number))
+
+
+def filled(module):
+    """Random weights everywhere, also where training starts at zero; dropout off."""
+    torch.manual_seed(0)
+    for p in module.parameters():
+        noise = torch.randn_like(p)
+        p.data = noise / p[0].numel() ** 0.5 if p.ndim > 1 else p.data + noise / 5
+    return module.eval()
 
 
 def pytest_addoption(parser):

@@ -12,29 +12,18 @@ import torch.nn.functional as F
 import clip
 import decoder
 import diffusion
+from conftest import filled, rand, seed
+
+T = torch.arange(100, 900, 100)
 
 
-def seed(number=0):
-    return torch.Generator().manual_seed(number)
-
-
-def rand(*shape, number=0):
-    return torch.randn(*shape, generator=seed(number))
-
-
-X_T, Z_I = rand(8, 3, 8, 8, number=3), F.normalize(rand(8, 8, number=4), dim=1)
-IMAGES, T = X_T.clamp(-1, 1), torch.arange(100, 900, 100)
-TEXT = clip.Text(torch.randint(1, 30, (8, 8), generator=seed()),              # 1 to 8 tokens
-                 torch.ones(8, 8).tril() > 0, rand(8, 8, number=1), torch.zeros(8, 0))
-
-
-def filled(module):
-    """Random weights everywhere, also where training starts at zero; dropout off."""
-    torch.manual_seed(0)
-    for p in module.parameters():
-        noise = torch.randn_like(p)
-        p.data = noise / p[0].numel() ** 0.5 if p.ndim > 1 else p.data + noise / 5
-    return module.eval()
+@pytest.fixture(autouse=True)
+def inputs():
+    """Eight of each, made anew for every test; captions of 1 to 8 tokens."""
+    global X_T, Z_I, IMAGES, TEXT
+    X_T, Z_I = rand(8, 3, 8, 8, number=3), F.normalize(rand(8, 8, number=4), dim=1)
+    IMAGES, tokens = X_T.clamp(-1, 1), torch.randint(1, 30, (8, 8), generator=seed())
+    TEXT = clip.Text(tokens, torch.ones(8, 8).tril() > 0, rand(8, 8, number=1), torch.zeros(8, 0))
 
 
 def same(a, b, atol=1e-5):

@@ -66,8 +66,6 @@ def seeded(seed=0):
 
 
 # ---------------------------------------------------------------- noise schedules and timesteps
-
-
 def test_the_schedules_have_the_published_numbers_and_end_in_noise_whatever_T():
     cosine, linear = diffusion.cosine_alphabar(1000), diffusion.linear_alphabar(1000)
     f = [math.cos((i / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(1001)]
@@ -102,8 +100,6 @@ def test_spaced_timesteps_include_both_ends_and_other_spacings_are_as_published(
 
 
 # ---------------------------------------------------------------- forward process, x0 and posterior
-
-
 def test_one_jump_equals_many_small_steps(ab):
     one, zero, signal, var = torch.ones(1).double(), torch.zeros(1).double(), 1.0, 0.0
     for t in range(1, T + 1):
@@ -213,8 +209,6 @@ def test_the_measured_error_is_the_posterior_variance_of_the_data(ab, rigged, pr
 
 
 # ---------------------------------------------------------------- samplers
-
-
 def marginals(rigged, ab, timesteps, m, v, raw=0.0, **options):
     """The exact mean and variance of x at each timestep of a sampling run, for data N(m, v).
 
@@ -372,8 +366,6 @@ def test_inpainting_repeats_each_step_and_goes_back_up_by_the_forward_process(ab
 
 
 # ---------------------------------------------------------------- losses and guidance
-
-
 @pytest.mark.parametrize("predicts", ["eps", "x0", "v"])
 def test_the_loss_is_the_error_of_the_prediction_at_the_noised_data(ab, images, rigged, predicts):
     x0, _, eps, out = images
@@ -452,8 +444,6 @@ def test_guidance_at_0_1_and_3_runs_both_conditions_as_one_batch(images):
 
 
 # ---------------------------------------------------------------- refusals, and the demo
-
-
 @pytest.mark.parametrize("hint, call", [
     (r"like x_t \(3, 2, 4, 4\)", lambda ab, x: diffusion.loss(lambda x, t: x[:, :1], ab, x)),
     (r"like x_t \(3, 2, 4, 4\)", lambda ab, x: diffusion.sample(lambda x, t: x[:1], ab, x, [5])),

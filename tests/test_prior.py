@@ -1,6 +1,6 @@
 """Chapter 3, the priors: what must hold for any weights, and what a code, a mask and a step mean.
 
-Structure tests first give every layer random weights (refill): what starts at zero would let
+Structure tests first give every layer random weights (filled): what starts at zero would let
 mistakes through. Numbers of Karlo's prior: tests/extras.
 """
 import math
@@ -13,26 +13,10 @@ import clip
 import diffusion
 import prior
 from clip import unit
+from conftest import filled, rand, seed
 
 D, L, W = 8, 8, 8                                    # equal widths: bugs that mix axes hide there
 GIVEN = ["word 3", "z_t", "time", "x_t"]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed))
-
-
-def refill(module):
-    """Random weights in every layer, of a size that lets all of them matter."""
-    with torch.no_grad():
-        for i, (name, p) in enumerate(module.named_parameters()):
-            noise = rand(*p.shape, seed=i) / (p.shape[-1] ** 0.5 if p.ndim > 1 else 10)
-            p.copy_(noise + (p.ndim == 1 and name.endswith("weight")))
-    return module.eval()
 
 
 def repeat(text, n):
@@ -47,40 +31,38 @@ def near(a, b, atol=1e-5):
     return torch.allclose(a, torch.as_tensor(b).to(a).expand_as(a), rtol=1e-5, atol=atol)
 
 
-def embeddings(N, seed=3):
+def embeddings(N):
     """Embeddings whose directions vary unequally, and not around zero."""
-    rotation = torch.linalg.qr(rand(D, D, seed=4))[0]
-    return rand(N, D, seed=seed) * torch.linspace(2, 0.3, D) @ rotation + 1.0
+    rotation = torch.linalg.qr(rand(D, D, number=4))[0]
+    return rand(N, D, number=3) * torch.linspace(2, 0.3, D) @ rotation + 1.0
 
 
 @pytest.fixture
 def text():
     """Eight captions of 1 to 8 tokens."""
-    tokens = torch.randint(1, 30, (8, L), generator=seeded())
+    tokens = torch.randint(1, 30, (8, L), generator=seed())
     mask = torch.arange(L) <= torch.arange(8)[:, None]
-    return clip.Text(tokens, mask, rand(8, D, seed=1), torch.zeros(8, 0))
+    return clip.Text(tokens, mask, rand(8, D, number=1), torch.zeros(8, 0))
 
 
 @pytest.fixture
 def model():
     """A diffusion prior with random weights."""
-    return refill(prior.DiffusionPrior(prior.DiffusionPriorConfig(
+    return filled(prior.DiffusionPrior(prior.DiffusionPriorConfig(
         embed_dim=D, vocab_size=30, context=L, width=W, layers=2, heads=2)))
 
 
 @pytest.fixture
 def ar():
     """An AR prior, fitted to made-up embeddings."""
-    model = refill(prior.ARPrior(prior.ARPriorConfig(
+    model = filled(prior.ARPrior(prior.ARPriorConfig(
         embed_dim=D, components=6, buckets=8, vocab_size=30, context=L, text_width=W, text_layers=1,
         text_heads=2, width=W, layers=2, heads=2)))
-    model.fit_codes(embeddings(400), rand(400, D, seed=5))
+    model.fit_codes(embeddings(400), rand(400, D, number=5))
     return model
 
 
 # ---------------------------------------------------------------- diffusion prior: the network
-
-
 def changed(what, x_t, t, text):
     """The same input with one of the GIVEN changed."""
     other = torch.where(torch.arange(L) == 3, 29 - text.tokens, text.tokens)
@@ -91,7 +73,7 @@ def changed(what, x_t, t, text):
 @pytest.mark.parametrize("what, first", [*zip(GIVEN, (3, L, L + 1, L + 2))])
 def test_a_change_moves_its_own_position_and_later_ones_only(model, text, what, first):
     """The sequence is [caption, z_t, timestep, noised z_i, query], with causal attention."""
-    seen, one = [], (rand(1, D, seed=6), 300, row(text, 7))    # a caption of 8 tokens
+    seen, one = [], (rand(1, D, number=6), 300, row(text, 7))    # a caption of 8 tokens
     model.blocks[-1].register_forward_hook(lambda *args: seen.append(args[2]))
     out, other = model(*one), model(*changed(what, *one))
     moved = (seen[0] - seen[1]).abs().sum((0, 2)) > 0
@@ -100,7 +82,7 @@ def test_a_change_moves_its_own_position_and_later_ones_only(model, text, what, 
 
 
 def test_padding_and_dropped_captions_do_not_matter_but_the_noise_does(model, text):
-    x_t, null = rand(8, D, seed=6), text.null()
+    x_t, null = rand(8, D, number=6), text.null()
     other = text._replace(tokens=torch.where(text.mask, text.tokens, 7))
     assert torch.equal(model(x_t, 300, text), model(x_t, 300, other)), \
         "what the tokens are at padded places should not matter: embedded, then model.pad there?"
@@ -112,7 +94,7 @@ def test_padding_and_dropped_captions_do_not_matter_but_the_noise_does(model, te
 
 
 def test_example_i_does_not_depend_on_example_j(model, ar, text):
-    x_t, z_t = (rand(8, D, seed=seed).requires_grad_() for seed in (6, 7))
+    x_t, z_t = (rand(8, D, number=i).requires_grad_() for i in (6, 7))
     text = text._replace(z_t=z_t)
     codes, dot = ar.encode(embeddings(8)), torch.arange(8)
     for out, inputs in ((model(x_t, 300, text), (x_t, z_t)), (ar(codes, dot, text), (z_t,))):
@@ -130,7 +112,7 @@ def test_timesteps_are_embedded_row_by_row_and_not_by_one_linear_map(model, text
     monkeypatch.setattr(clip, "sinusoid", lambda index, width: seen.append(index) or rand(8, W))
     model(x_t, t, text)
     assert torch.equal(seen[0], t - 1), "published checkpoints count from 0"
-    u, v = rand(2, 1, W, seed=7)
+    u, v = rand(2, 1, W, number=7)
     assert not near(model.time(u) + model.time(v), model.time(u + v) + model.time(0 * u), 1e-4), \
         "no activation between the two layers of the time path?"
 
@@ -139,7 +121,7 @@ def test_timesteps_are_embedded_row_by_row_and_not_by_one_linear_map(model, text
 def test_the_cache_changes_nothing_and_guidance_is_of_two_forwards(model, text, guidance):
     network = model.denoiser(text, guidance)
     for t in (900, 3, 500):                                           # one after the other
-        x_t = rand(8, D, seed=t)
+        x_t = rand(8, D, number=t)
         want = diffusion.guide(model(x_t, t, text.null()), model(x_t, t, text), guidance)
         assert near(network(x_t, t), want), "is the last step forgotten?"
 
@@ -225,14 +207,14 @@ def test_a_tenth_of_the_captions_is_dropped_both_tokens_and_z_t(which, text, req
 
 
 def test_of_the_candidates_the_one_nearest_to_the_caption_is_kept(model, text):
-    each = model.sample(repeat(text, 3), steps=4, candidates=1, generator=seeded()).view(8, 3, D)
-    got = model.sample(text, steps=4, candidates=3, generator=seeded())
+    each = model.sample(repeat(text, 3), steps=4, candidates=1, generator=seed()).view(8, 3, D)
+    got = model.sample(text, steps=4, candidates=3, generator=seed())
     for i in range(8):
         dots = [float(unit(z) @ unit(text.z_t[i])) for z in each[i]]
         want = each[i, dots.index(max(dots))]
         assert near(got[i], want), "the larger dot product, of unit vectors?"
     assert near(got.norm(dim=1), 1), "samples are unit vectors"
-    assert not near(got, model.sample(text, steps=4, candidates=3, generator=seeded(2)))
+    assert not near(got, model.sample(text, steps=4, candidates=3, generator=seed(2)))
 
 
 @pytest.mark.parametrize("predicts", ["x0", "eps", "v"])
@@ -245,7 +227,7 @@ def test_samples_land_on_the_modes_and_not_between(model, text, monkeypatch, pre
         return diffusion.target(ab, x0, t, diffusion.to_eps(ab, x0, x_t, t), predicts)
 
     monkeypatch.setattr(model, "denoiser", lambda *_: bayes)
-    z = model.sample(repeat(text, 8), steps=30, candidates=1, generator=seeded())
+    z = model.sample(repeat(text, 8), steps=30, candidates=1, generator=seed())
     near_one, which = (z @ modes.T).max(1)
     assert (near_one > 0.99).all(), (f"cosines to the nearest of two modes: {near_one[:4]}; is it "
                                      "one pass from noise to the mean of all that could be?")
@@ -256,27 +238,27 @@ def test_samples_land_on_the_modes_and_not_between(model, text, monkeypatch, pre
 def test_the_measured_variance_is_the_error_of_the_model_and_widens_the_steps(
         model, text, predicts):
     model.config.predicts = predicts
-    network, x0, generator = model.denoiser(text), model.scale(rand(8, D)), seeded()
-    model.fit_variance(rand(8, D), text, steps=5, generator=seeded())
+    network, x0, generator = model.denoiser(text), model.scale(rand(8, D)), seed()
+    model.fit_variance(rand(8, D), text, steps=5, generator=seed())
     for t in diffusion.spaced_timesteps(1000, 5):
         x_t = diffusion.q_sample(model.alphabar, x0, t, torch.randn(8, D, generator=generator))
         x0_hat = diffusion.to_x0(model.alphabar, network(x_t, t), x_t, t, predicts)
         want = min((x0_hat - x0).pow(2).mean().item(), 17.2 ** 2 / 1024)  # no worse than saying 0
         assert abs(model.cov[t] - want) < 1e-5
-    with_cov = model.sample(text, steps=5, generator=seeded(1))
+    with_cov = model.sample(text, steps=5, generator=seed(1))
     model.cov.zero_()
-    assert not near(with_cov, model.sample(text, steps=5, generator=seeded(1)))
+    assert not near(with_cov, model.sample(text, steps=5, generator=seed(1)))
 
 
 def test_with_one_generator_for_each_image_a_sample_does_not_depend_on_its_batch(model, ar, text):
     three = text.map(lambda x: x[:3])
     for each, options in ((model, {"steps": 3, "guidance": 2.0}), (ar, {"guidance": 2.0})):
-        got = each.sample(three, generator=[seeded(i) for i in range(3)], **options)
+        got = each.sample(three, generator=[seed(i) for i in range(3)], **options)
         for i in range(3):
-            alone = each.sample(row(text, i), generator=seeded(i), **options)
+            alone = each.sample(row(text, i), generator=seed(i), **options)
             assert near(got[i:i + 1], alone), f"{type(each).__name__}, row {i}"
         with pytest.raises(ValueError, match="4 generators for"):
-            each.sample(three, generator=[seeded()] * 4)
+            each.sample(three, generator=[seed()] * 4)
 
 
 def test_sampling_and_training_leave_their_inputs_alone(model, ar, text):
@@ -290,8 +272,6 @@ def test_sampling_and_training_leave_their_inputs_alone(model, ar, text):
 
 
 # ---------------------------------------------------------------- autoregressive prior
-
-
 def test_principal_components_are_those_of_a_singular_value_decomposition():
     z = embeddings(500)
     mean, basis = prior.principal_components(z)
@@ -306,7 +286,7 @@ def test_principal_components_are_those_of_a_singular_value_decomposition():
 
 
 def test_buckets_are_equally_full_and_in_order_and_a_code_becomes_the_mean_of_its_bucket(ar):
-    z, z_t = embeddings(400), rand(400, D, seed=5)                   # those it was fitted to
+    z, z_t = embeddings(400), rand(400, D, number=5)                   # those it was fitted to
     codes, dots = ar.encode(z), ar.dot_code(z, z_t)
     assert codes.shape == (400, 6) and codes.min() == 0 and codes.max() == 7
     for column in [*codes.T, dots]:
@@ -364,7 +344,7 @@ def test_code_k_is_predicted_from_dot_z_t_caption_and_the_codes_before_it(ar, te
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5, 0.0])
 def test_sampling_is_gumbels_trick_on_the_logits_of_forward(ar, text, guidance):
-    got, generator = ar.sample(text, 0.7, guidance, seeded()), seeded()
+    got, generator = ar.sample(text, 0.7, guidance, seed()), seed()
     dot = torch.randint(4, 8, (8,), generator=generator)             # the top half
     gumbel = -(-torch.rand(6, 8, 8, generator=generator).log()).log()
     codes = torch.zeros(8, 0, dtype=torch.long)
@@ -383,7 +363,7 @@ def test_codes_are_drawn_from_the_softmax_and_dot_from_the_top_half(ar, text, mo
     monkeypatch.setattr(ar, "decode", drawn.append)
     ar.dot.register_forward_hook(lambda _, args, __: dots.append(args[0]))
     for temperature, want in [(1.0, p), (0.5, p ** 2 / (p ** 2).sum())]:
-        ar.sample(repeat(row(text, 0), 5000), temperature, generator=seeded())
+        ar.sample(repeat(row(text, 0), 5000), temperature, generator=seed())
         fractions = torch.bincount(drawn[-1].flatten(), minlength=8) / drawn[-1].numel()
         assert near(fractions, want, 0.012), f"wanted {want}, got {fractions}"
     counts = torch.bincount(dots[0], minlength=8)
