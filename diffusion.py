@@ -238,8 +238,8 @@ def transitions(timesteps):
 def spaced_timesteps(T, K):
     """K ascending timesteps spread evenly over 1..T, both ends included.   IDDPM sec. 4
 
-        1 + round(c),   c = 0, stride, stride + stride, ...,   stride = (T - 1) / (K - 1)
-    (1000, 7) -> [1, 167, 334, 501, 667, 833, 1000], halves to even; (1000, 1) -> [1000].
+    (1000, 7) -> [1, 167, 334, 501, 667, 833, 1000]: 1 and the sums of K - 1 equal strides, rounded,
+    halves to even; (1000, 1) -> [1000].
     """
     if not 1 <= K <= T:
         raise ValueError(f"expected between 1 and {T} sampling steps, got {K}")

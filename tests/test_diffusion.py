@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import diffusion
+from conftest import seed
 
 T = 50
 GRIDS = [list(range(1, T + 1)), [1, 9, 20, 37, 50], [3, 30, 50]]
@@ -24,7 +25,7 @@ def ab():
 @pytest.fixture
 def images():
     """x0, x_t, eps, raw: four independent (3, 2, 4, 4) tensors, float64."""
-    return torch.randn(4, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    return torch.randn(4, 3, 2, 4, 4, generator=seed()).double()
 
 
 @pytest.fixture
@@ -59,10 +60,6 @@ def right(predicts, a, x0, eps):
 def best_x0(a, x_t, m, v):
     """E[x0 | x_t] for data N(m, v): the regression line, slope Cov(x0, x_t) / Var(x_t)."""
     return m + a.sqrt() * v / (a * v + 1 - a) * (x_t - a.sqrt() * m)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # ---------------------------------------------------------------- noise schedules and timesteps
@@ -175,7 +172,7 @@ def test_float32_data_lose_no_digits_at_either_end():
     assert diffusion.q_posterior(ab, one, one, 2, 1)[1].dtype == torch.float32, "var in x's dtype"
     blow_up = -diffusion.to_x0(ab, one, zero, 1000, "eps")
     close(blow_up / 20291.17, 1, "at t = T an error in eps grows 20,000 times", 1e-6)
-    for t, (v, x_t) in zip((500, 999, 1000), torch.randn(3, 2, 1000, generator=seeded())):
+    for t, (v, x_t) in zip((500, 999, 1000), torch.randn(3, 2, 1000, generator=seed())):
         want = ab[t].sqrt() * x_t.double() - (1 - ab[t]).sqrt() * v.double()
         close(diffusion.to_x0(ab, v, x_t, t, "v"), want, f"t = {t}: x0 straight from v", 1e-6)
 
@@ -320,7 +317,7 @@ def test_x0_is_clamped_and_eps_follows_but_x_t_is_left_alone(ab, images):
 
 @pytest.mark.parametrize("eta", [None, 0.6, 0.0])
 def test_one_draw_of_noise_for_each_step_that_adds_some(ab, images, eta):
-    first, second, third = (seeded(7) for _ in range(3))
+    first, second, third = (seed(7) for _ in range(3))
     x, timesteps, options = images[0], [1, 9, 20, 50], {"predicts": "x0", "eta": eta}
     got = diffusion.sample(tanh, ab, x, timesteps, generator=first, **options)
     single = diffusion.sample(tanh, ab, x.float(), timesteps, generator=third, **options)
@@ -339,11 +336,11 @@ def test_with_one_generator_for_each_image_images_do_not_depend_on_their_batch(a
         return diffusion.sample(tanh, ab, x, [1, 9, 50], predicts="x0", generator=generator)
 
     x = torch.cat([images[0], images[1]])                    # two rows for each of three images
-    got = sample(x, [seeded(i) for i in range(3)])
+    got = sample(x, [seed(i) for i in range(3)])
     for i in range(3):
-        alone = sample(x[2 * i:2 * i + 2], seeded(i))
+        alone = sample(x[2 * i:2 * i + 2], seed(i))
         close(got[2 * i:2 * i + 2], alone, f"rows {2 * i} and {2 * i + 1} belong to generator {i}")
-    for generators in ([seeded()] * 4, []):
+    for generators in ([seed()] * 4, []):
         with pytest.raises(ValueError, match=f"got {len(generators)} generators for 6 rows"):
             sample(x, generators)
 
