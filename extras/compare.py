@@ -81,7 +81,7 @@ def unets(config, B, with_diffusers=False):
     if with_diffusers:
         theirs = unet_of_diffusers(config)
         ours.load_state_dict(karlo.rename(
-            ours, karlo.UNET, karlo.Weights(theirs.state_dict(), "diffusers' U-Net")))
+            ours, karlo.UNET, karlo.Content(theirs.state_dict(), "diffusers' U-Net")))
         ways["diffusers"] = theirs, lambda: theirs(x, t - 1, context).sample
     else:
         ways["ADM's layout written plainly"] = plain, lambda: plain_unet(plain, x, t, context)

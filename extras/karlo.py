@@ -5,11 +5,10 @@
     tokenizer = load_tokenizer("bpe_simple_vocab_16e6.txt.gz")     or a folder, merges and vocab
 
 Karlo v1 alpha (Kakao Brain, 2022) differs from the paper in three networks: three subclasses. Then
-come the file formats, the tables of names, and the loaders. Nothing in a file is executed. Weights
-are mapped into memory where the format allows it, so loading needs one copy of them at most.
+come file formats, tables of names, and the loaders. Nothing in a file is executed. Weights are
+mapped into memory where the format allows it: what stays as it is takes none of its own.
 """
 import contextlib
-import copy
 import gzip
 import io
 import itertools
@@ -33,16 +32,15 @@ import prior
 import unclip
 
 # ---------------------------------------------------------------- Karlo's three networks
-
-
 class EmptyCaption:
     """The null condition is the caption "" as CLIP encodes it: one row, kept with the weights."""
 
-    def make_empty(self, c):
-        self.register_buffer("empty_tokens", torch.zeros(1, c.context, dtype=torch.long))
-        self.register_buffer("empty_mask", torch.arange(c.context)[None] < 2)  # start and end
+    def add_empty(self, c):
+        L = c.context
+        self.register_buffer("empty_tokens", torch.zeros(1, L, dtype=torch.long))
+        self.register_buffer("empty_mask", torch.arange(L)[None] < 2)          # start and end
         self.register_buffer("empty_z_t", torch.zeros(1, c.embed_dim))
-        self.register_buffer("empty_states", torch.zeros(1, c.context, c.text_width))
+        self.register_buffer("empty_states", torch.zeros(1, L, c.text_width))
 
     def null(self, text):
         empty = clip.Text(*(getattr(self, f"empty_{name}") for name in clip.Text._fields))
@@ -66,7 +64,7 @@ class KarloPrior(EmptyCaption, prior.DiffusionPrior):
         self.hidden_in = nn.Linear(config.text_width, config.width)
         self.register_buffer("mean", torch.zeros(config.embed_dim))
         self.register_buffer("std", torch.ones(config.embed_dim))
-        self.make_empty(config)
+        self.add_empty(config)
 
     def scale(self, z):
         return (z - self.mean) / self.std
@@ -75,9 +73,9 @@ class KarloPrior(EmptyCaption, prior.DiffusionPrior):
         return x * self.std + self.mean
 
     def prefix(self, text):
-        dtype = self.pos.dtype
-        words = self.hidden_in(text.states.to(dtype))                          # (B, L, W)
-        return torch.cat([words, self.text_in(text.z_t.to(dtype))[:, None]], dim=1)
+        words = self.hidden_in(text.states.to(self.pos.dtype))                 # (B, L, W)
+        z_t = self.text_in(text.z_t.to(words.dtype))                           # (B, W)
+        return torch.cat([words, z_t[:, None]], dim=1)
 
     def attention_mask(self, text, rows):
         causal = super().attention_mask(text, rows)
@@ -100,7 +98,7 @@ class KarloDecoder(EmptyCaption, decoder.Decoder):
         X = config.unet.context_width
         self.hidden_in, self.hidden_ln = nn.Linear(config.text_width, X), nn.LayerNorm(X)
         self.text_emb = nn.Linear(config.embed_dim, 4 * config.unet.channels)
-        self.make_empty(config)
+        self.add_empty(config)
 
     def scale(self, z):
         return z                                       # as long as CLIP made it
@@ -122,8 +120,7 @@ class KarloUpsampler(decoder.Upsampler):
         self.last = decoder.UNet(config.unet)
 
     def forward(self, x_t, t, large):
-        last = t == 1 if isinstance(t, int) else bool((t == 1).all())
-        unet = self.last if last else self.unet
+        unet = self.last if torch.as_tensor(t).eq(1).all() else self.unet
         return unet(torch.cat([x_t, large], dim=1).to(unet.conv_in.weight.dtype), t).float()
 
     def timesteps(self, steps):
@@ -146,71 +143,67 @@ PRESET = unclip.Config(
 
 def build(device="cpu", dtype=torch.float32):
     """Karlo with fresh weights; device "meta" gives shapes without memory."""
-    return unclip.UnCLIP(PRESET, {
-        name: unclip.build_part(CLASSES.get(name), config, device, dtype)
-        for name, config in vars(PRESET).items() if name in unclip.PARTS})
+    parts = {name: unclip.build_part(kind, getattr(PRESET, name), device, dtype)
+             for name, kind in CLASSES.items()}
+    return unclip.UnCLIP(PRESET, dict.fromkeys(unclip.PARTS) | parts)
 
 
 # ---------------------------------------------------------------- files
-
-
 @contextlib.contextmanager
 def reading(path, kind):
     """`with reading(path, "a JSON object"):` - what goes wrong is one sentence about the file."""
     try:
         yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {path}; expected {kind}") from None
-    except PermissionError:
-        raise PermissionError(f"{path} may not be read; change its permissions") from None
+    except (FileNotFoundError, PermissionError) as error:
+        raise type(error)(f"{path} cannot be read: {error.strerror}; expected {kind}") from None
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} is refused: it holds more than tensors, or is no file of "
-                         "weights at all") from None
+        raise ValueError(f"{path} is refused: it holds more than tensors, or no weights") from None
     except Exception as error:                         # a damaged file may raise anything
         name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         reason = f"{name}{error}".split("\n")[0]
         raise ValueError(f"{path} is damaged or not {kind}: {reason}") from None
 
 
-def read_json(path, **wanted):
-    """A JSON file -> dict; see `expect`."""
-    with reading(path, "a JSON object, {...}"):
-        settings = dict(json.loads(path.read_bytes()).items())
-    expect(settings, path, **wanted)
-    return settings
+class Content(dict):
+    """What the file at `path` holds, by name: weights or settings."""
 
-
-def expect(settings, path, **wanted):
-    """ValueError where `settings`, read from `path`, contradict what the code does."""
-    for name, value in wanted.items():
-        if settings.get(name, value) != value:
-            raise ValueError(f"{path} has {name} = {settings[name]!r}; only {value!r} fits here")
-
-
-class Weights(dict):
-    """{name: tensor} of one model, and the `path` of its file."""
-
-    def __init__(self, weights, path):
-        super().__init__(weights)
+    def __init__(self, content, path):
+        super().__init__(content)
         self.path = path
 
     def __missing__(self, name):
         raise ValueError(f"{self.path} lacks {name}; is it of another model, or cut short?")
 
-    def size(self, name, axis=0):
-        shape = self[name].shape
-        if axis >= len(shape) or shape[axis] == 0:
-            raise ValueError(f"{name} in {self.path} does not fit: it is {[*shape]}")
-        return shape[axis]
+    def expect(self, **wanted):
+        """ValueError where settings contradict what the code does."""
+        for name, value in wanted.items():
+            if self.get(name, value) != value:
+                raise ValueError(f"{self.path} has {name} = {self[name]!r}; only {value!r} fits")
 
     def count(self, name):
         """How many layers there are: "blocks.{}.bias" counts blocks.0.bias, blocks.1.bias, ..."""
         return next(n for n in itertools.count() if name.format(n) not in self)
 
 
+def read_json(path, **wanted):
+    """A JSON file of settings -> Content; see `expect`."""
+    with reading(path, "a JSON object, {...}"):
+        settings = Content(json.loads(path.read_bytes()).items(), path)
+    settings.expect(**wanted)
+    return settings
+
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def check(name, w):
+    """ValueError unless w is a tensor without NaN and infinity."""
+    if not torch.is_tensor(w):
+        raise ValueError(f"{name} is no tensor")
+    if w.is_floating_point() and w.numel() and not torch.stack(w.aminmax()).isfinite().all():
+        raise ValueError(f"{name} is not finite")
 
 
 def read_safetensors(path):
@@ -219,22 +212,28 @@ def read_safetensors(path):
     8 bytes: N, little-endian; N bytes of JSON {name: {dtype, shape, data_offsets}}; the data, one
     tensor after the other without gaps.
     """
-    size = path.stat().st_size
+    size, tensors, at = path.stat().st_size, {}, 0
     with open(path, "rb") as file:
         N = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(N, size)))
-    header.pop("__metadata__", None)
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + N:]
+        header.pop("__metadata__", None)
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + N:]
 
-    tensors, at = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        shape, (begin, end), dtype = entry["shape"], entry["data_offsets"], DTYPES[entry["dtype"]]
-        if begin != at or end - begin != math.prod(shape) * dtype.itemsize or end > len(data):
-            raise ValueError(f"{name} is said to be {dtype} {shape} at {begin}..{end}; expected it "
-                             f"from byte {at} on, of {len(data)}; is it cut short?")
-        aligned = (8 + N + begin) % dtype.itemsize == 0        # else numbers cannot be read there
-        raw, at = data[begin:end], end
-        tensors[name] = (raw if aligned else raw.clone()).view(dtype).view(shape)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, (begin, end) = entry["shape"], entry["data_offsets"]
+            dtype = DTYPES[entry["dtype"]]
+            if begin != at or end - begin != math.prod(shape) * dtype.itemsize or end > len(data):
+                raise ValueError(f"{name} is said to be {dtype} {shape} at {begin}..{end}, but the "
+                                 f"data go on at {at} and end at {len(data)}; is it cut short?")
+
+            # checked piece by piece: what is read through the mapping stays in memory
+            for start in range(begin, end, 2 ** 20):
+                piece = bytearray(file.read(min(2 ** 20, end - start)))
+                check(name, torch.frombuffer(piece, dtype=dtype))
+
+            aligned = (8 + N + begin) % dtype.itemsize == 0    # else numbers cannot be read there
+            raw, at = data[begin:end], end
+            tensors[name] = (raw if aligned else raw.clone()).view(dtype).view(shape)
     if at != len(data):
         raise ValueError(f"it goes on for {len(data) - at} bytes after its last tensor")
     return tensors
@@ -261,9 +260,9 @@ class ArchiveReader(pickle.Unpickler):
     def find_class(self, module, name):
         if module.startswith("__torch__"):             # a module: its attributes, none of its code
             return SimpleNamespace
-        if f"{module}.{name}" not in self.known:
-            raise pickle.UnpicklingError
-        return self.known[f"{module}.{name}"]
+        if f"{module}.{name}" in self.known:
+            return self.known[f"{module}.{name}"]
+        raise pickle.UnpicklingError
 
     def persistent_load(self, key):
         _, dtype, number, _, _ = key                   # "storage", dtype, number, device, count
@@ -280,19 +279,25 @@ class ArchiveReader(pickle.Unpickler):
 
 
 def read_pickle(path):
-    """What torch.save or TorchScript wrote, without running any of its code."""
-    is_zip = zipfile.is_zipfile(path)                  # torch.save of long ago wrote no zip
+    """What torch.save or TorchScript wrote -> {name: tensor}, without running any of its code."""
+    is_zip, content = zipfile.is_zipfile(path), None   # torch.save of long ago wrote no zip
     if is_zip:
         with zipfile.ZipFile(path) as archive:
             folder = archive.namelist()[0].split("/")[0]
             if f"{folder}/constants.pkl" in archive.namelist():                # TorchScript
                 reader = ArchiveReader(archive, folder)
-                return dict(reader.tensors(reader.load()))
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+                content = dict(reader.tensors(reader.load()))
+    if content is None:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+    weights = content.get("state_dict", content)
+    for name, w in weights.items():
+        check(name, w)
+    return weights
 
 
 def read_weights(path):
-    """A .safetensors, torch.save or TorchScript file -> Weights, on the CPU.
+    """A .safetensors, torch.save or TorchScript file of finite numbers -> Content, on the CPU.
 
     {"state_dict": ...} is unwrapped, and the prefixes of DataParallel and torch.compile dropped.
     """
@@ -300,26 +305,23 @@ def read_weights(path):
     safe = path.suffix == ".safetensors"
     with reading(path, f"a {'safetensors ' * safe}file of weights"):
         weights = read_safetensors(path) if safe else read_pickle(path)
-        weights = weights.get("state_dict", weights)
-        if not all(map(torch.is_tensor, weights.values())):
-            raise ValueError("expected {name: tensor}")
-        return Weights({re.sub(r"(?<![^.])(module|_orig_mod)\.", "", name): w.detach()
+        return Content({re.sub(r"(?<![^.])(module|_orig_mod)\.", "", name): w.detach()
                         for name, w in weights.items()}, path)
 
 
 def read_folder(folder, **wanted):
-    """A model's folder, as Hugging Face's libraries write it -> Weights, settings; see `expect`."""
+    """A model's folder, as Hugging Face's libraries write it -> weights, settings."""
     settings = read_json(folder / "config.json", **wanted)
     paths = [path for end in ("", ".fp16") for kind in ("safetensors", "bin")
              for more in ("", ".index.json") for path in folder.glob(f"*model{end}.{kind}{more}")]
     if not paths:
         raise FileNotFoundError(f"there are no weights in {folder}, such as model.safetensors")
 
-    weights, files = Weights({}, paths[0]), [paths[0].name]
+    weights, files = Content({}, paths[0]), [paths[0].name]
     if weights.path.suffix == ".json":                 # {"weight_map": {name: file}}
         with reading(weights.path, "an index of files of weights"):
-            files = sorted({Path(x).name for x in read_json(weights.path)["weight_map"].values()})
-    for name in files:
+            files = {Path(x).name for x in read_json(weights.path)["weight_map"].values()}
+    for name in sorted(files):
         weights.update(read_weights(folder / name))
     return weights, settings
 
@@ -349,8 +351,9 @@ HUGGING_FACE = [
 TIME = [(r"time\.0", "time_embedding.linear_1"), (r"time\.2", "time_embedding.linear_2")]
 PRIOR = TIME + [
     ("^(cov|empty_).*", ""), ("hidden_in", "encoder_hidden_states_proj"),
-    ("text_in", "embedding_proj"), ("image_in", "proj_in"), ("query", "prd_embedding"),
-    ("^pos", "positional_embedding"), ("^(mean|std)", r"clip_\1"), ("ln_out", "norm_out"),
+    ("text_in", "embedding_proj"), ("image_in", "proj_in"), ("ln_out", "norm_out"),
+    ("query", "prd_embedding", torch.squeeze), ("^pos", "positional_embedding", torch.squeeze),
+    ("^(mean|std)", r"clip_\1", torch.squeeze),                        # theirs are (1, ...)
     (r"^out\b", "proj_to_clip_embeddings"), ("^blocks", "transformer_blocks"), ("ln1", "norm1"),
     ("ln2", "norm3"), ("qkv", "attn1.to_{q,k,v}"), (r"\.proj", ".attn1.to_out.0"),
     ("fc1", "ff.net.0.proj"), ("fc2", "ff.net.2")]
@@ -383,90 +386,97 @@ def their_names(table, ours):
     return [name] if name else [], change
 
 
+def take(weights, table, ours):
+    """The names of our weight in others' file, and the weight; ([], None) if no file has it."""
+    names, change = their_names(table, ours)
+    if not names:
+        return names, None
+    parts = [weights[name] for name in names]
+    with reading(weights.path, f"a file whose {names[0]} fits here"):
+        return names, change(torch.cat(parts) if len(parts) > 1 else parts[0])
+
+
 def rename(module, table, weights):
     """{our name: others' weight} for `module`. Each has to fit, and none may be left over."""
     renamed, left = {}, set(weights)
     for ours, target in module.state_dict().items():
-        names, change = their_names(table, ours)
+        names, got = take(weights, table, ours)
         if not names:
             continue
-        left -= {*names}
-        parts = [weights[name] for name in names]
-        with reading(weights.path, f"a file whose {names[0]} fits here"):
-            got = change(torch.cat(parts) if len(parts) > 1 else parts[0])
-            got = got.reshape(got.shape[-target.ndim:])                # theirs may be (1, ...)
         if got.shape != target.shape or not got.is_floating_point():
             raise ValueError(f"{names[0]} in {weights.path} does not fit: it gives {got.dtype} "
                              f"{[*got.shape]}, {ours} is {[*target.shape]}")
         renamed[ours] = got
-
+        left -= {*names}
     if left:
         raise ValueError(f"{weights.path} holds {min(left)}, too; is it of another model?")
     return renamed
 
 
-def fill(kind, config, files, **more):
-    """A network of others' weights, in their files' memory. files: {part: (table, Weights)}."""
+def fill(kind, config, files, device, dtype, **more):
+    """A network of others' weights. files: {part: (table, its weights)}; more: other entries.
+
+    Weights move one at a time, and those that stay as they are stay in their file.
+    """
     folder = next(iter(files.values()))[1].path.parent
     with reading(folder, "of a network that is built here"), torch.device("meta"):
         model = kind(unclip.config_from(type(config), asdict(config), kind.__name__))
-
     for part, (table, weights) in files.items():
-        for name, w in rename(model.get_submodule(part), table, weights).items():
-            if not torch.stack(w.aminmax()).isfinite().all():
-                raise ValueError(f"{name} in {weights.path} is not finite; is the file damaged?")
-            more[f"{part}.{name}" if part else name] = w
+        more |= {f"{part}.{name}".lstrip("."): w
+                 for name, w in rename(model.get_submodule(part), table, weights).items()}
     model.load_state_dict(more, assign=True)
-    return model.eval()
-
-
-def place(model, device, dtype):
-    """Weights move one at a time, and those that stay as they are stay in their file."""
     for p in model.parameters():
         p.data = p.data.to(device, dtype)
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device, memory_format=torch.channels_last).eval()
 
 
 # ---------------------------------------------------------------- CLIP and its tokenizer
-
 # What OpenAI published: width, layers, patch and px of the image encoder, text width, layers, D.
+# Its archives hold three numbers, too, which nobody else's state dict of the same names has.
 OPENAIS = [(768, 12, 32, 224, 512, 12, 512), (768, 12, 16, 224, 512, 12, 512),
            (1024, 24, 14, 224, 768, 12, 768), (1024, 24, 14, 336, 768, 12, 768)]
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size",
-              "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+NUMBERS = {"input_resolution", "context_length", "vocab_size"}
+NO_WEIGHTS = NUMBERS | {f"{half}_model.embeddings.position_ids" for half in ("text", "vision")}
 
 
 def load_clip(path, device="cpu", dtype=torch.float32):
-    """OpenAI's ViT-*.pt, a state dict with its names, or a Hugging Face CLIP folder -> clip.CLIP.
+    """OpenAI's ViT-*.pt, or a Hugging Face CLIP folder, which may hold one half -> clip.CLIP.
 
-    A folder may hold one half alone.   ValueError or OSError, naming the file, for anything else.
+    A state dict with OpenAI's names leaves heads and activation open, so it has to lie in a folder
+    with config.json.   ValueError or OSError, naming the file, for anything else.
     """
-    path, table, settings = Path(path), OPENAI, {}
-    if path.is_dir():
-        table, (weights, settings) = HUGGING_FACE, read_folder(path)
-    else:
-        weights = read_weights(path)
-    for name in NO_WEIGHTS:
-        weights.pop(name, None)
+    path = Path(path)
+    alone = not path.is_dir()
+    weights, settings = (read_weights(path), Content({}, path)) if alone else read_folder(path)
+    table = OPENAI if alone or "visual.proj" in weights else HUGGING_FACE
+    numbers = NUMBERS <= {*weights}
+    for name in NO_WEIGHTS & {*weights}:
+        del weights[name]
     if any(name.startswith("visual.layer1.") for name in weights):
         raise ValueError(f"{path} is a ResNet CLIP, which is not built here; take a ViT-*.pt")
 
-    c = clip_config(weights, table, settings, path / "config.json")
-    known = (c.image_width, c.image_layers, c.patch, c.image_size, c.text_width, c.text_layers,
-             c.embed_dim) in OPENAIS or max(c.image_width, c.text_width) < 256
-    if table is OPENAI and (not known or (path.parent / "open_clip_config.json").exists()):
-        raise ValueError(f"{path} is none of OpenAI's CLIPs, and weights alone leave heads and "
-                         "activation open; take its Hugging Face folder, with config.json")
+    # are heads and activation known?
+    c = clip_config(weights, table, settings)
+    sizes = (c.image_width, c.image_layers, c.patch, c.image_size, c.text_width, c.text_layers,
+             c.embed_dim)
+    known = numbers and sizes in OPENAIS or max(c.image_width, c.text_width) < 256    # in tests
+    known = known and not (path.parent / "open_clip_config.json").exists()
+    if table is OPENAI and not (known if alone else settings.get("model_type") == "clip"):
+        raise ValueError(f"{path} is not OpenAI's own file, and weights alone leave heads and "
+                         "activation (gelu, quick_gelu) open; make a folder of pytorch_model.bin "
+                         "and Hugging Face's config.json")
+
     if not c.image_layers or not c.text_layers:        # half a model, without a temperature:
         weights["logit_scale"] = torch.tensor(math.log(100.0))     # where OpenAI's training ended
-    return place(fill(clip.CLIP, c, {"": (table, weights)}), device, dtype)
+    return fill(clip.CLIP, c, {"": (table, weights)}, device, dtype)
 
 
-def clip_config(weights, table, settings, there):
+def clip_config(weights, table, settings):
     """Sizes from the shapes of the weights; heads from the settings, or width / 64 without any."""
     def size(ours, axis=0):
-        (name,), change = their_names(table, ours)
-        return weights.size(name, 1 - axis if change is torch.t else axis)
+        names, w = take(weights, table, ours)
+        with reading(weights.path, f"a file whose {names[0]} fits here"):
+            return range(1, w.shape[axis] + 1)[-1]     # IndexError if there is none
 
     c = clip.CLIPConfig(image_layers=0, text_layers=0)
     for half, key, heads in (("image", "vision_config", 12), ("text", "text_config", 8)):
@@ -476,10 +486,11 @@ def clip_config(weights, table, settings, there):
             continue                                   # the other half alone
 
         width = size(f"{half}.ln_out.bias")
-        with reading(there, "a configuration of CLIP"):
-            stated = {"num_attention_heads": heads} | settings.get(key, settings)
-        expect(stated, there, hidden_size=width, num_hidden_layers=layers, layer_norm_eps=1e-5,
-               hidden_act="quick_gelu")
+        with reading(settings.path, "a configuration of CLIP"):
+            stated = Content({"num_attention_heads": heads} | settings.get(key, settings),
+                             settings.path)
+        stated.expect(hidden_size=width, num_hidden_layers=layers, layer_norm_eps=1e-5,
+                      hidden_act="quick_gelu")
         c = replace(c, embed_dim=size(f"{half}.proj", 1), **{
             f"{half}_width": width, f"{half}_layers": layers,
             f"{half}_heads": stated["num_attention_heads"] if settings else max(1, width // 64)})
@@ -490,12 +501,15 @@ def clip_config(weights, table, settings, there):
         else:
             c.vocab_size, c.context = size("text.tok.weight"), size("text.pos")
             end = 2 if stated.get("eos_token_id") == 2 else c.vocab_size - 1       # OpenAI's slip
-            expect(stated, there, vocab_size=c.vocab_size, eos_token_id=end)
+            stated.expect(vocab_size=c.vocab_size, eos_token_id=end)
     return c
 
 
-def load_tokenizer(path):
-    """bpe_simple_vocab_16e6.txt or .txt.gz, or a folder with vocab.json and merges.txt."""
+def load_tokenizer(path, config=None):
+    """bpe_simple_vocab_16e6.txt or .txt.gz, or a folder with vocab.json and merges.txt.
+
+    ValueError if it is not that of the text encoder with this configuration.
+    """
     path, vocab = Path(path), None
     if path.is_dir():
         path, vocab = path / "merges.txt", read_json(path / "vocab.json")
@@ -507,7 +521,13 @@ def load_tokenizer(path):
             raise ValueError("it does not begin with a header line")
         merges = [line for line in lines if line]
         check_vocabulary(merges, vocab)
-        return clip.Tokenizer(merges, vocab)
+        tokenizer = clip.Tokenizer(merges, vocab)
+
+    n, end = len(tokenizer), tokenizer.end
+    if config and (n != config.vocab_size or end != n - 1):
+        raise ValueError(f"{path} has {n} tokens (the end is {end}), the text encoder "
+                         f"{config.vocab_size}; they are not of the same model")
+    return tokenizer
 
 
 def check_vocabulary(merges, vocab=None):
@@ -524,26 +544,16 @@ def check_vocabulary(merges, vocab=None):
         raise ValueError("expected a vocabulary with the ids 0, 1, 2, ... once each")
 
 
-def check_tokenizer(tokenizer, config, path):
-    """ValueError if the vocabulary read from `path` is not that of the text encoder."""
-    if len(tokenizer) != config.vocab_size or tokenizer.end != len(tokenizer) - 1:
-        raise ValueError(f"{path} has {len(tokenizer)} tokens (the end is {tokenizer.end}), the "
-                         f"text encoder {config.vocab_size}; they are not of the same model")
-
-
 def open_clip(weights, vocab, device):
     """CLIP and its tokenizer for `python clip.py`; weights may be a folder that holds both."""
     if not weights or not vocab and not Path(weights).is_dir():
         raise ValueError("expected --weights and --vocab (such as bpe_simple_vocab_16e6.txt.gz), "
                          "or as --weights a folder that holds both")
-    model, tokenizer = load_clip(weights, device), load_tokenizer(vocab or weights)
-    check_tokenizer(tokenizer, model.config, vocab or weights)
-    return model, tokenizer
+    model = load_clip(weights, device)
+    return model, load_tokenizer(vocab or weights, model.config)
 
 
 # ---------------------------------------------------------------- Karlo's folder
-
-
 def load_karlo(folder, device="cpu", dtype=torch.float32, clip_path=None):
     """A Karlo folder, as Hugging Face's diffusers keeps it -> UnCLIP.
 
@@ -554,46 +564,46 @@ def load_karlo(folder, device="cpu", dtype=torch.float32, clip_path=None):
     folder, where = Path(folder), (device, dtype)
     kind = read_json(folder / "model_index.json").get("_class_name")
     if kind not in ("UnCLIPPipeline", "UnCLIPImageVariationPipeline"):
-        raise ValueError(f"{folder / 'model_index.json'} is of a {kind}; expected UnCLIPPipeline "
-                         "or UnCLIPImageVariationPipeline, a Karlo folder")
+        raise ValueError(f"{folder / 'model_index.json'} is of a {kind}, not of a Karlo folder, "
+                         "which has UnCLIPPipeline or UnCLIPImageVariationPipeline")
 
     model = load_clip(folder / "text_encoder", *where)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    check_tokenizer(tokenizer, model.config, folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer", model.config)
     if clip_path is not None or (folder / "image_encoder").is_dir():
         add_image_encoder(model, clip_path or folder / "image_encoder", *where)
 
     # the null condition
     tokens = tokenizer("", model.config.context).to(device)
-    mask = clip.token_mask(tokens, tokenizer.end)
     with torch.no_grad():
-        text = clip.Text(tokens, mask, *model.encode_text(tokens))
+        text = clip.Text(tokens, clip.token_mask(tokens, tokenizer.end), *model.encode_text(tokens))
     empty = {f"empty_{name}": x for name, x in text._asdict().items()}
 
     parts = dict.fromkeys(unclip.PARTS) | {"clip": model}
     if kind == "UnCLIPPipeline":
-        parts["diffusion_prior"] = load_prior(folder, model.config, empty)
-    parts["decoder"] = load_decoder(folder, model.config, empty)
-    parts["upsampler1"] = load_upsampler(folder, 4 * parts["decoder"].config.unet.size)
-    parts = {name: part and place(part, *where) for name, part in parts.items()}
+        parts["diffusion_prior"] = load_prior(folder, model.config, where, empty)
+    parts["decoder"] = load_decoder(folder, model.config, where, empty)
+    parts["upsampler1"] = load_upsampler(folder, 4 * parts["decoder"].config.unet.size, where)
     configs = {name: part and part.config for name, part in parts.items()}
-    return unclip.UnCLIP(replace(copy.deepcopy(PRESET), **configs), parts, tokenizer)
+    return unclip.UnCLIP(replace(PRESET, sampling=replace(PRESET.sampling), **configs), parts,
+                         tokenizer)
 
 
 def add_image_encoder(model, path, device, dtype):
     """Give a CLIP without image encoder that of the CLIP at `path`."""
     other = load_clip(path, device, dtype)
-    if other.image is None or other.config.embed_dim != model.config.embed_dim:
-        raise ValueError(f"{path} has no image encoder that fits: expected a CLIP with embeddings "
-                         f"of {model.config.embed_dim} numbers")
+    D = model.config.embed_dim
+    if other.image is None or other.config.embed_dim != D:
+        raise ValueError(f"{path} has no image encoder that fits: expected embeddings of {D} "
+                         "numbers")
     if other.text is not None:                         # the same CLIP, up to rounding?
         a, b = other.text.proj, model.text.proj
         if a.shape != b.shape or (a - b).norm() > 0.02 * b.norm():
             raise ValueError(f"{path} is another CLIP than the folder's text_encoder, so its images"
                              " lie elsewhere; Karlo's is ViT-L-14.pt")
     model.image, model.logit_scale = other.image, other.logit_scale
-    model.config = replace(model.config, patch=other.config.patch, **{
-        name: value for name, value in vars(other.config).items() if name.startswith("image_")})
+    model.config = replace(other.config, **{
+        name: value for name, value in vars(model.config).items()
+        if name.startswith(("text", "vocab", "context"))})
 
 
 def check_schedule(folder, variance, prediction, clamp):
@@ -602,32 +612,32 @@ def check_schedule(folder, variance, prediction, clamp):
               clip_sample_range=clamp)
 
 
-def load_prior(folder, c, empty):
+def load_prior(folder, c, where, empty):
     """prior/ and prior_scheduler/ -> KarloPrior. c: CLIP's configuration."""
     check_schedule(folder / "prior_scheduler", "fixed_small_log", "sample", 5)
     weights, stated = read_folder(folder / "prior", embedding_dim=c.embed_dim, added_emb_type="prd",
                                   time_embed_act_fn="silu")
     layers = weights.count("transformer_blocks.{}.norm1.bias")
-    expect(stated, folder / "prior/config.json", num_layers=layers)
-    with reading(folder / "prior/config.json", "the configuration of a prior"):
-        heads = stated["num_attention_heads"]
-        config = KarloPriorConfig(
-            embed_dim=c.embed_dim, context=c.context, text_width=c.text_width, layers=layers,
-            heads=heads, width=heads * stated["attention_head_dim"])
-    return fill(KarloPrior, config, {"": (PRIOR, weights)}, cov=torch.zeros(config.T + 1), **empty)
+    stated.expect(num_layers=layers)
+    with reading(stated.path, "the configuration of a prior"):
+        heads, size = stated["num_attention_heads"], stated["attention_head_dim"]
+        config = KarloPriorConfig(c.embed_dim, context=c.context, text_width=c.text_width,
+                                  width=heads * size, layers=layers, heads=heads)
+    return fill(KarloPrior, config, {"": (PRIOR, weights)}, *where, cov=torch.zeros(config.T + 1),
+                **empty)
 
 
 def read_unet(folder, **wanted):
-    """A folder with a U-Net of diffusers -> Weights, UNetConfig."""
+    """A folder with a U-Net of diffusers -> weights, UNetConfig."""
     weights, stated = read_folder(
         folder, act_fn="silu", norm_eps=1e-5, norm_num_groups=32, flip_sin_to_cos=True,
         freq_shift=0, center_input_sample=False, time_embedding_type="positional",
         time_embedding_act_fn=None, timestep_post_act=None, mid_block_scale_factor=1,
         resnet_out_scale_factor=1, resnet_skip_time_act=False, **wanted)
     depth = weights.count("down_blocks.0.resnets.{}.conv1.bias")
-    expect(stated, folder / "config.json", layers_per_block=depth)
+    stated.expect(layers_per_block=depth)
 
-    with reading(folder / "config.json", "the configuration of a U-Net that is built here"):
+    with reading(stated.path, "the configuration of a U-Net that is built here"):
         size, widths = stated["sample_size"], stated["block_out_channels"]
         attend = [i for i, kind in enumerate(stated["down_block_types"]) if "CrossAttn" in kind]
         return weights, decoder.UNetConfig(
@@ -638,21 +648,22 @@ def read_unet(folder, **wanted):
             scale_shift=stated["resnet_time_scale_shift"] == "scale_shift")
 
 
-def load_decoder(folder, c, empty):
+def load_decoder(folder, c, where, empty):
     """decoder/, text_proj/ and decoder_scheduler/ -> KarloDecoder. c: CLIP's configuration."""
     check_schedule(folder / "decoder_scheduler", "learned_range", "epsilon", 1)
     weights, unet = read_unet(folder / "decoder", class_embed_type="identity")
     more, _ = read_folder(folder / "text_proj", clip_extra_context_tokens=4)
     config = KarloDecoderConfig(unet, embed_dim=c.embed_dim, context=c.context,
                                 text_width=c.text_width)
-    return fill(KarloDecoder, config, {"unet": (UNET, weights), "": (TEXT_PROJ, more)}, **empty)
+    return fill(KarloDecoder, config, {"unet": (UNET, weights), "": (TEXT_PROJ, more)}, *where,
+                **empty)
 
 
-def load_upsampler(folder, size):
+def load_upsampler(folder, size, where):
     """super_res_first/, super_res_last/, super_res_scheduler/ -> KarloUpsampler, to `size` px."""
     check_schedule(folder / "super_res_scheduler", "fixed_small_log", "epsilon", 1)
     (first, unet), (last, _) = (
         read_unet(folder / name, sample_size=size, add_attention=False, class_embed_type=None)
         for name in ("super_res_first", "super_res_last"))
     return fill(KarloUpsampler, decoder.UpsamplerConfig(unet),
-                {"unet": (UNET, first), "last": (UNET, last)})
+                {"unet": (UNET, first), "last": (UNET, last)}, *where)
