@@ -162,18 +162,18 @@ def guided(network, scale, C):
 
 def noise_like(x, generator=None):
     """Standard normal noise in x's shape; generator as in `sample`."""
-    return draw(lambda n, **where: torch.randn(n, *x.shape[1:], **where),
-                len(x), generator, x.device).to(x.dtype)
+    return draw(torch.randn, x.shape, generator, x.device).to(x.dtype)
 
 
-def draw(f, B, generator, device, dim=0):
-    """B random rows on axis dim, each draw f(n, generator=, device=) on its generator's device."""
+def draw(f, shape, generator, device, dim=0):
+    """f(shape, ...), drawn on the generator's device; of a list, each draws its rows on axis dim."""
     if isinstance(generator, (list, tuple)):
-        G = len(generator)
+        G, B, share = len(generator), shape[dim], [*shape]
         if G == 0 or B % G:
             raise ValueError(f"expected one for each image, got {G} generators for {B} rows")
-        return torch.cat([draw(f, B // G, each, device, dim) for each in generator], dim)
-    rows = f(B, generator=generator, device=generator.device if generator else device)
+        share[dim] = B // G
+        return torch.cat([draw(f, share, each, device, dim) for each in generator], dim)
+    rows = f(shape, generator=generator, device=generator.device if generator else device)
     return rows.to(device, non_blocking=device.type == "cuda")     # the GPU need not be waited for
 
 

@@ -13,6 +13,7 @@ text, not for time). Both return unit vectors.   unCLIP (Ramesh et al. 2022) sec
 import argparse
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -240,13 +241,11 @@ class ARPrior(nn.Module):
         """text -> z_i (B, D). Each code is the largest logit / temperature + Gumbel noise."""
         if not temperature > 0:
             raise ValueError(f"expected a temperature above 0, got {temperature}; try 1e-4")
-        c, rows = self.config, (len(text.tokens), generator, text.z_t.device)
+        c, B, where = self.config, len(text.tokens), (generator, text.z_t.device)
 
         # all random numbers; the dot code is one of the top half
-        dot = diffusion.draw(
-            lambda n, **where: torch.randint(c.buckets // 2, c.buckets, (n,), **where), *rows)
-        noise = diffusion.draw(
-            lambda n, **where: torch.rand(c.components, n, c.buckets, **where), *rows, dim=1)
+        dot = diffusion.draw(partial(torch.randint, c.buckets // 2, c.buckets), [B], *where)
+        noise = diffusion.draw(torch.rand, [c.components, B, c.buckets], *where, dim=1)
         gumbel = -(-noise.clamp(min=1e-20).log()).log()                        # (K, B, buckets)
         codes = dot.new_empty(len(dot), 0)
 

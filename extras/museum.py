@@ -374,9 +374,8 @@ BUGS = {
         "by the cache", "tiny-llm PR 46 (fixed), rotary-embedding-torch #11 (fixed): positions "
         "are off as soon as a KV cache is used."),
     "any_image_will_do": Bug("prior.ARPrior.sample",
-        "torch.randint(c.buckets // 2, c.buckets, (n,), **where)",
-        "torch.randint(0, c.buckets, (n,), **where)", "codes 4..7 equally", "The dot code from "
-        "all buckets, where the paper takes the top half (sec. 2.2)."),
+        "torch.randint, c.buckets // 2", "torch.randint, 0", "codes 4..7 equally", "The dot code "
+        "from all buckets, where the paper takes the top half (sec. 2.2)."),
     "buckets_of_equal_width": Bug("prior.quantile_edges",
         "return y.sort(0).values[first].T.contiguous()",
         "return torch.stack([torch.linspace(float(c.min()), float(c.max()), buckets + "

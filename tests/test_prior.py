@@ -1,7 +1,7 @@
 """Chapter 3, the priors: what must hold for any weights, and what a code, a mask and a step mean.
 
-Structure tests first give every layer random weights (filled): what starts at zero would let
-mistakes through. Numbers of Karlo's prior: tests/extras.
+What starts at zero would let mistakes pass, so the networks under test are `filled` first. Numbers
+of Karlo's prior: tests/extras.
 """
 import math
 
@@ -19,12 +19,8 @@ D, L, W = 8, 8, 8                                    # equal widths: bugs that m
 GIVEN = ["word 3", "z_t", "time", "x_t"]
 
 
-def repeat(text, n):
-    return text.map(lambda x: x.repeat_interleave(n, dim=0))         # row by row n times
-
-
-def row(text, i):
-    return text.map(lambda x: x[i:i + 1])
+def row(text, i, n=1):
+    return text.map(lambda x: x[i:i + 1].expand(n, *x.shape[1:]))    # n times
 
 
 def near(a, b, atol=1e-5):
@@ -126,8 +122,13 @@ def test_the_cache_changes_nothing_and_guidance_is_of_two_forwards(model, text, 
         assert near(network(x_t, t), want), "is the last step forgotten?"
 
 
-def test_z_t_enters_at_one_length_whatever_clip_made_it(model, ar, text):
+def test_z_i_and_z_t_enter_at_one_length_whatever_clip_made_them(model, ar, text):
     """In the scaled space of the diffusion prior; of length sqrt(D) in the AR prior."""
+    z = rand(5, D)
+    assert near(model.scale(z).pow(2).mean(1), 17.2 ** 2 / 1024, 1e-6), \
+        "unit vectors times 17.2 sqrt(D / 1024): an element's square is 17.2^2 / 1024 on average"
+    assert near(model.scale(3 * z), model.scale(z), 1e-6), "the length of z should not matter"
+    assert near(model.unscale(model.scale(z)), z / z.norm(dim=1, keepdim=True), 1e-6)
     for each, want, *args in ((model, 17.2 * math.sqrt(D / 1024), rand(8, D), 300),
                               (ar, math.sqrt(D), ar.encode(embeddings(8)), torch.arange(8))):
         seen = []
@@ -153,14 +154,6 @@ def test_the_schedule_stays_on_the_cpu_in_float64(model):
         empty = prior.DiffusionPrior(model.config)
     assert empty.alphabar.device.type == "cpu" and empty.alphabar.dtype == torch.float64
     assert empty.pos.is_meta and model.half().alphabar.dtype == torch.float64
-
-
-def test_the_scaled_space_has_the_variance_of_pixels(model):
-    z = rand(5, D)
-    assert near(model.scale(z).pow(2).mean(1), 17.2 ** 2 / 1024, 1e-6), \
-        "unit vectors times 17.2 sqrt(D / 1024): an element's square is 17.2^2 / 1024 on average"
-    assert near(model.scale(3 * z), model.scale(z), 1e-6), "the length of z should not matter"
-    assert near(model.unscale(model.scale(z)), z / z.norm(dim=1, keepdim=True), 1e-6)
 
 
 @pytest.mark.parametrize("predicts", ["x0", "eps", "v"])
@@ -197,7 +190,7 @@ def test_a_tenth_of_the_captions_is_dropped_both_tokens_and_z_t(which, text, req
     torch.manual_seed(0)
     for rate in (0.1, 0.5):
         each.drop_rate = rate
-        each.loss(embeddings(4000), repeat(row(text, 7), 4000))
+        each.loss(embeddings(4000), row(text, 7, 4000))
         gone = ~seen[-1][2].mask.any(1)
         assert torch.equal(gone, ~seen[-1][2].z_t.any(1)), "caption and embedding together"
         assert abs(gone.float().mean() - rate) < 0.02, f"{gone.float().mean():.1%} dropped"
@@ -207,7 +200,8 @@ def test_a_tenth_of_the_captions_is_dropped_both_tokens_and_z_t(which, text, req
 
 
 def test_of_the_candidates_the_one_nearest_to_the_caption_is_kept(model, text):
-    each = model.sample(repeat(text, 3), steps=4, candidates=1, generator=seed()).view(8, 3, D)
+    thrice = text.map(lambda x: x.repeat_interleave(3, dim=0))
+    each = model.sample(thrice, steps=4, candidates=1, generator=seed()).view(8, 3, D)
     got = model.sample(text, steps=4, candidates=3, generator=seed())
     for i in range(8):
         dots = [float(unit(z) @ unit(text.z_t[i])) for z in each[i]]
@@ -227,7 +221,7 @@ def test_samples_land_on_the_modes_and_not_between(model, text, monkeypatch, pre
         return diffusion.target(ab, x0, t, diffusion.to_eps(ab, x0, x_t, t), predicts)
 
     monkeypatch.setattr(model, "denoiser", lambda *_: bayes)
-    z = model.sample(repeat(text, 8), steps=30, candidates=1, generator=seed())
+    z = model.sample(row(text, 0, 64), steps=30, candidates=1, generator=seed())
     near_one, which = (z @ modes.T).max(1)
     assert (near_one > 0.99).all(), (f"cosines to the nearest of two modes: {near_one[:4]}; is it "
                                      "one pass from noise to the mean of all that could be?")
@@ -299,27 +293,25 @@ def test_buckets_are_equally_full_and_in_order_and_a_code_becomes_the_mean_of_it
         assert abs(ar.values[k, bucket] - y[codes[:, k] == bucket, k].mean()) < 1e-6
 
 
-def test_quantising_all_components_finely_gives_back_the_embedding():
-    z, worst = embeddings(2000), []
-    for K, buckets in [(3, 64), (D, 8), (D, 64), (D, 256)]:
+def test_finer_codes_give_back_the_embedding_and_what_cannot_be_fitted_is_refused():
+    def fitted(K, buckets, z):
         model = prior.ARPrior(prior.ARPriorConfig(embed_dim=D, components=K, buckets=buckets))
         model.fit_codes(z, z)
+        return model
+
+    z, worst = embeddings(2000), []
+    for K, buckets in [(3, 64), (D, 8), (D, 64), (D, 256)]:
+        model = fitted(K, buckets, z)
         back = model.decode(model.encode(z))
         assert near(back.norm(dim=1), 1)
         worst.append((back - unit(z)).pow(2).sum(1).mean().item())
     assert worst[0] > worst[1] > worst[2] > worst[3] and worst[3] < 1e-4, worst
-
-
-def test_an_empty_bucket_has_a_value_all_the_same_and_what_cannot_be_fitted_is_refused():
-    z = embeddings(10).repeat(10, 1)                                 # ten values, 16 buckets
-    model, wide = (prior.ARPrior(prior.ARPriorConfig(embed_dim=D, components=K, buckets=16))
-                   for K in (4, D + 1))
-    model.fit_codes(z, z)
-    assert model.values.isfinite().all() and model.decode(model.encode(z)).isfinite().all()
+    ten = fitted(4, 16, z[:10].repeat(10, 1))                        # ten values, 16 buckets
+    assert ten.values.isfinite().all(), "an empty bucket has a value all the same"
     with pytest.raises(ValueError, match="as buckets, 16, got 10"):
-        model.fit_codes(z[:10], z[:10])
+        fitted(4, 16, z[:10])
     with pytest.raises(ValueError, match="components as dimensions"):
-        wide.fit_codes(z, z)
+        fitted(D + 1, 16, z)
 
 
 def test_code_k_is_predicted_from_dot_z_t_caption_and_the_codes_before_it(ar, text):
@@ -363,7 +355,7 @@ def test_codes_are_drawn_from_the_softmax_and_dot_from_the_top_half(ar, text, mo
     monkeypatch.setattr(ar, "decode", drawn.append)
     ar.dot.register_forward_hook(lambda _, args, __: dots.append(args[0]))
     for temperature, want in [(1.0, p), (0.5, p ** 2 / (p ** 2).sum())]:
-        ar.sample(repeat(row(text, 0), 5000), temperature, generator=seed())
+        ar.sample(row(text, 0, 5000), temperature, generator=seed())
         fractions = torch.bincount(drawn[-1].flatten(), minlength=8) / drawn[-1].numel()
         assert near(fractions, want, 0.012), f"wanted {want}, got {fractions}"
     counts = torch.bincount(dots[0], minlength=8)
@@ -381,7 +373,7 @@ def test_the_ar_loss_is_the_cross_entropy_of_the_codes_by_loop(ar, text, monkeyp
         terms = [-logits[b, k].log_softmax(0)[codes[b, k]] for k in range(6)]
         assert abs(got - sum(terms) / 6) < 1e-5, "is logits[k] compared with code k?"
 
-    z, many = embeddings(500), repeat(row(text, 7), 500)
+    z, many = embeddings(500), row(text, 7, 500)
     monkeypatch.setattr(ar, "forward", lambda codes, dot, text: seen.append((codes, dot))
                         or torch.zeros(*codes.shape, 8))
     with torch.autocast("cpu", torch.bfloat16):
