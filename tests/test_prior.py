@@ -71,10 +71,10 @@ def test_a_change_moves_its_own_position_and_later_ones_only(model, text, what, 
     """The sequence is [caption, z_t, timestep, noised z_i, query], with causal attention."""
     seen, one = [], (rand(1, D, number=6), 300, row(text, 7))    # a caption of 8 tokens
     model.blocks[-1].register_forward_hook(lambda *args: seen.append(args[2]))
-    out, other = model(*one), model(*changed(what, *one))
+    out, other = model.double()(*one), model(*changed(what, *one))
+    assert (other - out).abs().max() > 1e-6, f"{what} does not matter for the prediction"
     moved = (seen[0] - seen[1]).abs().sum((0, 2)) > 0
     assert moved.tolist() == [i >= first for i in range(L + 4)], f"positions that moved: {moved}"
-    assert (other - out).abs().max() > 1e-6, f"{what} does not matter for the prediction"
 
 
 def test_padding_and_dropped_captions_do_not_matter_but_the_noise_does(model, text):
