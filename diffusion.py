@@ -318,6 +318,7 @@ def inpaint(network, alphabar, x, known, mask, timesteps, *, resample=10, predic
     """
     if resample < 1:
         raise ValueError(f"expected resample >= 1, how often each step is made, got {resample}")
+    mask = mask.bool()
     for t, s in tqdm(transitions(timesteps), desc=progress, leave=False, disable=progress is None):
         for repetition in range(resample if s > 0 else 1):
 
@@ -328,7 +329,7 @@ def inpaint(network, alphabar, x, known, mask, timesteps, *, resample=10, predic
             # down from t to s: the unknown part by the network, the known part by q_sample
             x = p_sample(network, alphabar, x, t, s, predicts, clamp, variance, None, generator)
             known_s = q_sample(alphabar, known, s, noise_like(x, generator)) if s > 0 else known
-            x = torch.where(mask.bool(), known_s, x)
+            x = torch.where(mask, known_s, x)
     return x
 
 

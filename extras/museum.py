@@ -235,8 +235,8 @@ BUGS = {
     "never_resampled": Bug("diffusion.inpaint", "range(resample if s > 0 else 1)", "range(1)",
         "`resample` times each step", "denoising-diffusion-pytorch #319 (fixed): RePaint's "
         "resampling stood after the sampling loop, not in it."),
-    "mask_inverted": Bug("diffusion.inpaint", "torch.where(mask.bool(), known_s, x)",
-        "torch.where(mask.bool(), x, known_s)", "must come back as it was", "RePaint keeps where "
+    "mask_inverted": Bug("diffusion.inpaint", "torch.where(mask, known_s, x)",
+        "torch.where(mask, x, known_s)", "must come back as it was", "RePaint keeps where "
         "its mask is 1, Stable Diffusion repaints there: the wrong part stays."),
     "std_for_variance": Bug("diffusion.step_variance", "learned_log_var(alphabar, raw, t, s).exp()",
         "(0.5 * learned_log_var(alphabar, raw, t, s)).exp()", "a variance for a std",
