@@ -4,9 +4,8 @@
     model = load_clip("ViT-L-14.pt")                 or a folder with config.json and weights
     tokenizer = load_tokenizer("bpe_simple_vocab_16e6.txt.gz")     or a folder, merges and vocab
 
-Karlo v1 alpha (Kakao Brain, 2022) differs from the paper in three networks: three subclasses. Then
-come file formats, tables of names, and the loaders. Nothing in a file is executed. Weights are
-mapped into memory where the format allows it: what stays as it is takes none of its own.
+Karlo v1 alpha (Kakao Brain, 2022) differs from the paper in three networks: three subclasses.
+Nothing in a file is executed. Weights are mapped into memory where the format allows it.
 """
 import contextlib
 import gzip
@@ -36,11 +35,10 @@ class EmptyCaption:
     """The null condition is the caption "" as CLIP encodes it: one row, kept with the weights."""
 
     def add_empty(self, c):
-        L = c.context
-        self.register_buffer("empty_tokens", torch.zeros(1, L, dtype=torch.long))
-        self.register_buffer("empty_mask", torch.arange(L)[None] < 2)          # start and end
+        self.register_buffer("empty_tokens", torch.zeros(1, c.context, dtype=torch.long))
+        self.register_buffer("empty_mask", torch.arange(c.context)[None] < 2)  # start and end
         self.register_buffer("empty_z_t", torch.zeros(1, c.embed_dim))
-        self.register_buffer("empty_states", torch.zeros(1, L, c.text_width))
+        self.register_buffer("empty_states", torch.zeros(1, c.context, c.text_width))
 
     def null(self, text):
         empty = clip.Text(*(getattr(self, f"empty_{name}") for name in clip.Text._fields))
@@ -120,7 +118,8 @@ class KarloUpsampler(decoder.Upsampler):
         self.last = decoder.UNet(config.unet)
 
     def forward(self, x_t, t, large):
-        unet = self.last if torch.as_tensor(t).eq(1).all() else self.unet
+        last = t == 1 if isinstance(t, int) else bool((t == 1).all())
+        unet = self.last if last else self.unet
         return unet(torch.cat([x_t, large], dim=1).to(unet.conv_in.weight.dtype), t).float()
 
     def timesteps(self, steps):
@@ -199,11 +198,10 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def check(name, w):
-    """ValueError unless w is a tensor without NaN and infinity."""
-    if not torch.is_tensor(w):
-        raise ValueError(f"{name} is no tensor")
+    """w, if it is a tensor without NaN and infinity, else ValueError."""
     if w.is_floating_point() and w.numel() and not torch.stack(w.aminmax()).isfinite().all():
         raise ValueError(f"{name} is not finite")
+    return w.detach()
 
 
 def read_safetensors(path):
@@ -230,10 +228,10 @@ def read_safetensors(path):
             for start in range(begin, end, 2 ** 20):
                 piece = bytearray(file.read(min(2 ** 20, end - start)))
                 check(name, torch.frombuffer(piece, dtype=dtype))
-
             aligned = (8 + N + begin) % dtype.itemsize == 0    # else numbers cannot be read there
             raw, at = data[begin:end], end
             tensors[name] = (raw if aligned else raw.clone()).view(dtype).view(shape)
+
     if at != len(data):
         raise ValueError(f"it goes on for {len(data) - at} bytes after its last tensor")
     return tensors
@@ -279,21 +277,15 @@ class ArchiveReader(pickle.Unpickler):
 
 
 def read_pickle(path):
-    """What torch.save or TorchScript wrote -> {name: tensor}, without running any of its code."""
-    is_zip, content = zipfile.is_zipfile(path), None   # torch.save of long ago wrote no zip
+    """What torch.save or TorchScript wrote, without running any of its code."""
+    is_zip = zipfile.is_zipfile(path)                  # torch.save of long ago wrote no zip
     if is_zip:
         with zipfile.ZipFile(path) as archive:
             folder = archive.namelist()[0].split("/")[0]
             if f"{folder}/constants.pkl" in archive.namelist():                # TorchScript
                 reader = ArchiveReader(archive, folder)
-                content = dict(reader.tensors(reader.load()))
-    if content is None:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-
-    weights = content.get("state_dict", content)
-    for name, w in weights.items():
-        check(name, w)
-    return weights
+                return dict(reader.tensors(reader.load()))
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 def read_weights(path):
@@ -303,9 +295,12 @@ def read_weights(path):
     """
     path = Path(path)
     safe = path.suffix == ".safetensors"
-    with reading(path, f"a {'safetensors ' * safe}file of weights"):
+    with reading(path, f"a {'safetensors ' * safe}file of weights, {{name: tensor}}"):
         weights = read_safetensors(path) if safe else read_pickle(path)
-        return Content({re.sub(r"(?<![^.])(module|_orig_mod)\.", "", name): w.detach()
+        if not safe:
+            weights = weights.get("state_dict", weights)
+            weights = {name: check(name, w) for name, w in weights.items()}
+        return Content({re.sub(r"(?<![^.])(module|_orig_mod)\.", "", name): w
                         for name, w in weights.items()}, path)
 
 
@@ -387,26 +382,26 @@ def their_names(table, ours):
 
 
 def take(weights, table, ours):
-    """The names of our weight in others' file, and the weight; ([], None) if no file has it."""
+    """Our weight as others' file has it, and its names there; (None, []) if it has none."""
     names, change = their_names(table, ours)
-    if not names:
-        return names, None
     parts = [weights[name] for name in names]
+    if not names:
+        return None, names
     with reading(weights.path, f"a file whose {names[0]} fits here"):
-        return names, change(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return change(torch.cat(parts) if len(parts) > 1 else parts[0]), names
 
 
 def rename(module, table, weights):
     """{our name: others' weight} for `module`. Each has to fit, and none may be left over."""
     renamed, left = {}, set(weights)
     for ours, target in module.state_dict().items():
-        names, got = take(weights, table, ours)
+        w, names = take(weights, table, ours)
         if not names:
             continue
-        if got.shape != target.shape or not got.is_floating_point():
-            raise ValueError(f"{names[0]} in {weights.path} does not fit: it gives {got.dtype} "
-                             f"{[*got.shape]}, {ours} is {[*target.shape]}")
-        renamed[ours] = got
+        if w.shape != target.shape or not w.is_floating_point():
+            raise ValueError(f"{names[0]} in {weights.path} does not fit: it gives {w.dtype} "
+                             f"{[*w.shape]}, {ours} is {[*target.shape]}")
+        renamed[ours] = w
         left -= {*names}
     if left:
         raise ValueError(f"{weights.path} holds {min(left)}, too; is it of another model?")
@@ -431,10 +426,9 @@ def fill(kind, config, files, device, dtype, **more):
 
 
 # ---------------------------------------------------------------- CLIP and its tokenizer
-# What OpenAI published: width, layers, patch and px of the image encoder, text width, layers, D.
-# Its archives hold three numbers, too, which nobody else's state dict of the same names has.
-OPENAIS = [(768, 12, 32, 224, 512, 12, 512), (768, 12, 16, 224, 512, 12, 512),
-           (1024, 24, 14, 224, 768, 12, 768), (1024, 24, 14, 336, 768, 12, 768)]
+# What OpenAI published: width, layers, patch and px of the image encoder. Its archives hold three
+# numbers, too, which nobody else's state dict of the same names and shapes has.
+OPENAIS = [(768, 12, 32, 224), (768, 12, 16, 224), (1024, 24, 14, 224), (1024, 24, 14, 336)]
 NUMBERS = {"input_resolution", "context_length", "vocab_size"}
 NO_WEIGHTS = NUMBERS | {f"{half}_model.embeddings.position_ids" for half in ("text", "vision")}
 
@@ -457,11 +451,11 @@ def load_clip(path, device="cpu", dtype=torch.float32):
 
     # are heads and activation known?
     c = clip_config(weights, table, settings)
-    sizes = (c.image_width, c.image_layers, c.patch, c.image_size, c.text_width, c.text_layers,
-             c.embed_dim)
-    known = numbers and sizes in OPENAIS or max(c.image_width, c.text_width) < 256    # in tests
-    known = known and not (path.parent / "open_clip_config.json").exists()
-    if table is OPENAI and not (known if alone else settings.get("model_type") == "clip"):
+    known = settings.get("model_type") == "clip"
+    if alone and not (path.parent / "open_clip_config.json").exists():
+        sizes = c.image_width, c.image_layers, c.patch, c.image_size
+        known = numbers and sizes in OPENAIS or max(c.image_width, c.text_width) < 256   # tests
+    if table is OPENAI and not known:
         raise ValueError(f"{path} is not OpenAI's own file, and weights alone leave heads and "
                          "activation (gelu, quick_gelu) open; make a folder of pytorch_model.bin "
                          "and Hugging Face's config.json")
@@ -474,9 +468,9 @@ def load_clip(path, device="cpu", dtype=torch.float32):
 def clip_config(weights, table, settings):
     """Sizes from the shapes of the weights; heads from the settings, or width / 64 without any."""
     def size(ours, axis=0):
-        names, w = take(weights, table, ours)
+        w, names = take(weights, table, ours)
         with reading(weights.path, f"a file whose {names[0]} fits here"):
-            return range(1, w.shape[axis] + 1)[-1]     # IndexError if there is none
+            return range(1, w.shape[axis] + 1)[-1]     # IndexError also for none
 
     c = clip.CLIPConfig(image_layers=0, text_layers=0)
     for half, key, heads in (("image", "vision_config", 12), ("text", "text_config", 8)):
@@ -487,13 +481,13 @@ def clip_config(weights, table, settings):
 
         width = size(f"{half}.ln_out.bias")
         with reading(settings.path, "a configuration of CLIP"):
-            stated = Content({"num_attention_heads": heads} | settings.get(key, settings),
-                             settings.path)
+            stated = {"num_attention_heads": heads if settings else max(1, width // 64)}
+            stated = Content(stated | settings.get(key, settings), settings.path)
         stated.expect(hidden_size=width, num_hidden_layers=layers, layer_norm_eps=1e-5,
                       hidden_act="quick_gelu")
         c = replace(c, embed_dim=size(f"{half}.proj", 1), **{
             f"{half}_width": width, f"{half}_layers": layers,
-            f"{half}_heads": stated["num_attention_heads"] if settings else max(1, width // 64)})
+            f"{half}_heads": stated["num_attention_heads"]})
 
         if half == "image":
             c.patch = size("image.patch.weight", 3)
@@ -555,11 +549,10 @@ def open_clip(weights, vocab, device):
 
 # ---------------------------------------------------------------- Karlo's folder
 def load_karlo(folder, device="cpu", dtype=torch.float32, clip_path=None):
-    """A Karlo folder, as Hugging Face's diffusers keeps it -> UnCLIP.
+    """A folder of karlo-v1-alpha (from text), or -image-variations (no prior), as Hugging Face's
+    diffusers keeps it -> UnCLIP.   ValueError or FileNotFoundError that names the wrong file.
 
-    karlo-v1-alpha (from text), or karlo-v1-alpha-image-variations (an image encoder, no prior).
     clip_path: OpenAI's ViT-L-14.pt or a CLIP folder; its image half joins the folder's text half.
-    ValueError or FileNotFoundError, naming the file, where a part is missing or does not fit.
     """
     folder, where = Path(folder), (device, dtype)
     kind = read_json(folder / "model_index.json").get("_class_name")
@@ -590,20 +583,17 @@ def load_karlo(folder, device="cpu", dtype=torch.float32, clip_path=None):
 
 def add_image_encoder(model, path, device, dtype):
     """Give a CLIP without image encoder that of the CLIP at `path`."""
-    other = load_clip(path, device, dtype)
-    D = model.config.embed_dim
+    other, D = load_clip(path, device, dtype), model.config.embed_dim
     if other.image is None or other.config.embed_dim != D:
-        raise ValueError(f"{path} has no image encoder that fits: expected embeddings of {D} "
-                         "numbers")
+        raise ValueError(f"{path} has no image encoder that fits, with embeddings of {D} numbers")
     if other.text is not None:                         # the same CLIP, up to rounding?
         a, b = other.text.proj, model.text.proj
         if a.shape != b.shape or (a - b).norm() > 0.02 * b.norm():
             raise ValueError(f"{path} is another CLIP than the folder's text_encoder, so its images"
                              " lie elsewhere; Karlo's is ViT-L-14.pt")
     model.image, model.logit_scale = other.image, other.logit_scale
-    model.config = replace(other.config, **{
-        name: value for name, value in vars(model.config).items()
-        if name.startswith(("text", "vocab", "context"))})
+    model.config = replace(model.config, patch=other.config.patch, **{
+        name: value for name, value in vars(other.config).items() if name.startswith("image_")})
 
 
 def check_schedule(folder, variance, prediction, clamp):
