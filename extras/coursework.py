@@ -1,11 +1,11 @@
 """Coursework from our own source: five weeks of exercises, hand-outs, a grader, a marking scheme.
 
-    python extras/coursework.py list                        every exercise
-    python extras/coursework.py stubs --week 2 > mine.py    stubs: write their bodies
-    python extras/coursework.py grade mine.py               points, and a hint for each function
-    python extras/coursework.py grade mine.py --week 2 --json results.json
-    python extras/coursework.py handout FOLDER --week 2     a repository without the answers
-    python extras/coursework.py scheme                      the marking scheme
+    python extras/coursework.py --list                        every exercise
+    python extras/coursework.py --handout FOLDER --week 2     a repository without the answers
+    python extras/coursework.py --stubs --week 2 > mine.py    only stubs: write their bodies
+    python extras/coursework.py --grade mine.py               points, and a hint for each function
+    python extras/coursework.py --grade mine.py --week 2 --json results.json
+    python extras/coursework.py --scheme                      the marking scheme
 
 Stubs and hand-outs are cut from the chapters, so they cannot be out of step. The grader runs our
 tests in a copy of the repository from which the body of the graded function is gone: no answer is
@@ -28,76 +28,58 @@ import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 CHAPTERS = ("diffusion", "clip", "prior", "decoder", "unclip", "train_toy")
 WHAT_IT_IS_NOT = "a check of understanding, not of honesty; for marks run it in a container"
-POINTS = {"*": 5, "**": 10, "***": 20}       # a line or two, some thought, an evening
+POINTS = {"*": 5, "**": 10, "***": 20}
+LEVELS = "* a line or two, ** some thought, *** an evening"
 
-# chapter: each function, its difficulty, and where a paper defines it
+# of each chapter, "where a paper defines it: function, its difficulty, the week of the course"
 EXERCISES = {
-    "diffusion": """q_sample * DDPM eq. 4; loss ** DDPM alg. 1, IDDPM eq. 16; target * Salimans & Ho
-        2022, app. D; to_x0 * DDPM eq. 15; to_eps * DDPM eq. 15; sample *** DDPM alg. 2; q_posterior
-        ** DDPM eq. 6-7; guide * GLIDE sec. 2.3; guided ** GLIDE sec. 2.3; cosine_alphabar * IDDPM
-        eq. 17; linear_alphabar * DDPM sec. 4; spaced_timesteps * IDDPM sec. 4; ddim_step ** DDIM
-        eq. 12, 16; ddim_invert_step * ADM app. F; invert ** ADM app. F; inpaint *** RePaint alg. 1;
-        log_var_bounds ** IDDPM sec. 3.1; learned_log_var * IDDPM eq. 15; vlb_loss *** IDDPM eq.
-        5, 6; discretized_log_likelihood ** DDPM eq. 13; step_variance ** Analytic-DPM eq. 7;
-        measure_cov ** Analytic-DPM eq. 8""",
-    "clip": """CLIP.scale * CLIP sec. 2.5; clip_loss ** CLIP fig. 3; zero_shot * CLIP sec. 3.1; unit
-        * CLIP fig. 3; ImageEncoder.forward ** CLIP sec. 2.4; TextEncoder.forward ** CLIP sec. 2.4;
-        attend ** CLIP sec. 2.4; KVCache.append ** no paper; Block.forward ** CLIP sec. 2.4;
-        CaptionEncoder.forward ** GLIDE sec. 4.1; sinusoid ** ADM's code; Text.drop * unCLIP sec.
-        2.1, 2.2; split_words ** CLIP sec. 2.4; Tokenizer.train *** CLIP sec. 2.4; Tokenizer.bpe **
-        CLIP sec. 2.4; token_mask * CLIP sec. 2.4""",
-    "prior": """DiffusionPrior.scale * unCLIP app. C; DiffusionPrior.unscale * unCLIP app. C;
-        DiffusionPrior.forward *** unCLIP sec. 2.2; DiffusionPrior.loss ** unCLIP sec. 2.2;
-        DiffusionPrior.sample *** unCLIP sec. 2.2; principal_components ** unCLIP sec. 2.2;
-        quantile_edges * unCLIP sec. 2.2; ARPrior.fit_codes *** unCLIP sec. 2.2; ARPrior.encode **
-        unCLIP sec. 2.2; ARPrior.decode * unCLIP sec. 2.2; ARPrior.dot_code * unCLIP sec. 2.2;
-        ARPrior.loss ** unCLIP sec. 2.2""",
-    "decoder": """Decoder.condition ** unCLIP sec. 2.1; Decoder.loss ** unCLIP sec. 2.1;
-        Upsampler.prepare ** unCLIP sec. 2.1; ResBlock.forward ** ADM sec. 3; Attention.forward **
-        GLIDE sec. 4.1; UNet.forward *** ADM sec. 3; shrink * unCLIP sec. 2.1; enlarge * unCLIP
-        sec. 2.1; crop_pair ** unCLIP app. C; filter2d ** unCLIP app. C; gaussian_blur * unCLIP
-        app. C""",
-    "unclip": """UnCLIP.rerank ** DALL-E sec. 2.6; UnCLIP.variations * unCLIP sec. 3.1;
-        UnCLIP.interpolate ** unCLIP sec. 3.2; UnCLIP.text_diff ** unCLIP sec. 3.3; slerp ** unCLIP
-        sec. 3.2""",
+    "diffusion": """IDDPM eq. 17: cosine_alphabar*1; DDPM sec. 4: linear_alphabar*; DDPM eq. 4:
+        q_sample*1; Salimans & Ho 2022, app. D: target*1; DDPM eq. 15: to_x0*1 to_eps*; DDPM eq.
+        6-7: q_posterior**1; DDPM alg. 1, IDDPM eq. 16: loss**1; IDDPM sec. 4: spaced_timesteps*2;
+        GLIDE sec. 2.3: guide*2 guided**; DDIM eq. 12, 16: ddim_step**2; ADM app. F:
+        ddim_invert_step*2 invert**; DDPM alg. 2: sample***2; RePaint alg. 1: inpaint***; IDDPM sec.
+        3.1: log_var_bounds**; IDDPM eq. 15: learned_log_var*; IDDPM eq. 5, 6: vlb_loss***; DDPM eq.
+        13: discretized_log_likelihood**; Analytic-DPM eq. 7: step_variance**; Analytic-DPM eq. 8:
+        measure_cov**""",
+    "clip": """CLIP sec. 2.4: attend**3 Block.forward**3 TextEncoder.forward**3
+        ImageEncoder.forward** Tokenizer.bpe**3 Tokenizer.train*** split_words** token_mask*; CLIP
+        fig. 3: clip_loss**3 unit*; CLIP sec. 3.1: zero_shot*3; CLIP sec. 2.5: CLIP.scale*; no
+        paper: KVCache.append**; GLIDE sec. 4.1: CaptionEncoder.forward**; ADM's code: sinusoid**;
+        unCLIP sec. 2.1, 2.2: Text.drop*""",
+    "prior": """unCLIP app. C: DiffusionPrior.scale*4 DiffusionPrior.unscale*; unCLIP sec. 2.2:
+        DiffusionPrior.forward*** DiffusionPrior.loss**4 DiffusionPrior.sample***
+        principal_components**4 quantile_edges* ARPrior.fit_codes*** ARPrior.encode**4
+        ARPrior.decode*4 ARPrior.dot_code* ARPrior.loss**4""",
+    "decoder": """ADM sec. 3: ResBlock.forward**5 UNet.forward***; GLIDE sec. 4.1:
+        Attention.forward**5; unCLIP sec. 2.1: Decoder.condition** Decoder.loss**5
+        Upsampler.prepare** shrink* enlarge*; unCLIP app. C: crop_pair**5 filter2d**
+        gaussian_blur*""",
+    "unclip": """unCLIP sec. 3.2: slerp**2 UnCLIP.interpolate**5; unCLIP sec. 3.3:
+        UnCLIP.text_diff**5; unCLIP sec. 3.1: UnCLIP.variations*; DALL-E sec. 2.6:
+        UnCLIP.rerank**""",
 }
-EXERCISES = {f"{chapter}.{row.split()[0]}": (" ".join(row.split()[2:]), row.split()[1])
-             for chapter, rows in EXERCISES.items() for row in rows.split(";")}   # name: paper, *
-
-WEEKS = (                                    # about an evening each
-    ("noise, and what Bayes' rule says about it", "diffusion.cosine_alphabar",
-     "diffusion.q_sample", "diffusion.target", "diffusion.to_x0", "diffusion.q_posterior",
-     "diffusion.loss"),
-    ("samplers and guidance", "diffusion.spaced_timesteps", "diffusion.guide",
-     "diffusion.ddim_step", "diffusion.ddim_invert_step", "diffusion.sample", "unclip.slerp"),
-    ("CLIP", "clip.attend", "clip.Block.forward", "clip.TextEncoder.forward", "clip.clip_loss",
-     "clip.zero_shot", "clip.Tokenizer.bpe"),
-    ("the two priors", "prior.DiffusionPrior.scale", "prior.DiffusionPrior.loss",
-     "prior.principal_components", "prior.ARPrior.encode", "prior.ARPrior.decode",
-     "prior.ARPrior.loss"),
-    ("the decoder, and what unCLIP can do", "decoder.ResBlock.forward",
-     "decoder.Attention.forward", "decoder.Decoder.loss", "decoder.crop_pair",
-     "unclip.UnCLIP.interpolate", "unclip.UnCLIP.text_diff"),
-)
+EXERCISES = {f"{chapter}.{name}": (" ".join(row.split(":")[0].split()), level, int(week or 0))
+             for chapter, rows in EXERCISES.items() for row in rows.split(";")
+             for name, level, week in re.findall(r"([\w.]+)(\*+)(\d?)", row)}
+TITLES = ("noise, and what Bayes' rule says about it", "samplers and guidance", "CLIP",
+          "the two priors", "the decoder, and what unCLIP can do")        # about an evening each
+WEEKS = [(title, *(name for name, (_, _, when) in EXERCISES.items() if when == week))
+         for week, title in enumerate(TITLES, start=1)]
 
 
-def week_of(name):
-    """The week of an exercise, or None."""
-    return next((week for week, names in enumerate(WEEKS, start=1) if name in names), None)
-
-
-def of_chapter(chapter, names):
-    return [name for name in names if name.split(".")[0] == chapter]
+def points(name):
+    return POINTS[EXERCISES[name][1]]
 
 
 def chapters_of(names):
@@ -114,16 +96,21 @@ def parsed(chapter):
     return text.splitlines(), ast.parse(text)
 
 
-def source(name):
-    """"clip.Block.forward" -> its node of the syntax tree.   ValueError if it is none of ours."""
-    chapter, *path = name.split(".")
-    node = parsed(chapter)[1] if chapter in CHAPTERS else None
+def find(node, *path):
+    """"Block", "forward" -> that function's node in a syntax tree, or None."""
     for step in path:
         node = next((child for child in getattr(node, "body", ())
                      if getattr(child, "name", None) == step), None)
-    if not isinstance(node, ast.FunctionDef):
+    return node if isinstance(node, ast.FunctionDef) else None
+
+
+def source(name):
+    """"clip.Block.forward" -> its node of the syntax tree.   ValueError if it is none of ours."""
+    chapter, *path = name.split(".")
+    node = find(parsed(chapter)[1], *path) if chapter in CHAPTERS else None
+    if node is None:
         raise ValueError("expected the name of one of our functions, such as diffusion.q_posterior "
-                         f"or clip.Block.forward, got {name!r}; see `list`")
+                         f"or clip.Block.forward, got {name!r}; see --list")
     return node
 
 
@@ -137,8 +124,9 @@ def body_lines(name):
 
 
 def your_turn(name):
-    week = f", in week {week_of(name)}" if week_of(name) else ""
-    return f'raise NotImplementedError("your turn{week}: {name}, {EXERCISES[name][0]}")'
+    paper, _, week = EXERCISES.get(name, ("no paper", "*", 0))
+    when = f", in week {week}" if week else ""
+    return f'raise NotImplementedError("your turn{when}: {name}, {paper}")'
 
 
 def not_yours(name):
@@ -148,48 +136,38 @@ def not_yours(name):
 def without(chapter, names, statement=your_turn):
     """A chapter's text with one statement in place of the bodies of these functions."""
     lines = parsed(chapter)[0].copy()
-    for name in sorted(of_chapter(chapter, names), key=lambda name: -body_lines(name)[0]):
+    names = [name for name in names if name.split(".")[0] == chapter]
+    for name in sorted(names, key=body_lines, reverse=True):
         first, last = body_lines(name)
         lines[first - 1:last] = [" " * (source(name).col_offset + 4) + statement(name)]
     return "\n".join([*lines, ""])
 
 
 def stubs(names):
-    """The text of mine.py: each function cut after its docstring, methods in their class."""
-    text = ["# Write the bodies, then: python extras/coursework.py grade THIS_FILE. Helpers of",
+    """The text of mine.py: these functions without their bodies; of their classes also __init__."""
+    text = ["# Write the bodies, then: python extras/coursework.py --grade THIS_FILE. Helpers of",
             "# your own are welcome; what you leave unwritten costs only its own points.",
             "import math", "", "import torch", "import torch.nn.functional as F", ""]
-    text += [f"import {chapter}" for chapter in chapters_of(names)]
-    opened = ""
-    for name in sorted(names, key=lambda n: n.rsplit(".", 1)[0] if n.count(".") > 1 else ""):
-        chapter, *path = name.split(".")
-        node, lines = source(name), parsed(chapter)[0]
-        indent = " " * node.col_offset
-        if len(path) == 1:
-            text += [""]
-        elif path[0] != opened:
-            text += ["", "", *class_head(chapter, path[0])]
-        opened = path[0] if len(path) > 1 else ""
-
-        first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-        paper, level = EXERCISES.get(name, ("no paper", "*"))
-        text += ["", f"{indent}# {name}: {paper}, {POINTS[level]} points",
-                 *lines[first - 1:body_lines(name)[0] - 1],
-                 f'{indent}    raise NotImplementedError("your turn")']
+    text += [f"import {chapter}" for chapter in chapters_of(name for name in names if source(name))]
+    for chapter in chapters_of(names):
+        cut = without(chapter, names)
+        for node in ast.parse(cut).body:
+            name = f"{chapter}.{getattr(node, 'name', '')}"
+            if name in names:
+                text += ["", *excerpt(cut, node)]
+            elif isinstance(node, ast.ClassDef) and any(n.startswith(f"{name}.") for n in names):
+                text += ["", "", f"class {node.name}:       # only what is your turn replaces ours"]
+                for part in node.body:
+                    method = f"{name}.{getattr(part, 'name', '')}"
+                    if isinstance(part, ast.Expr) or method in (*names, f"{name}.__init__"):
+                        text += excerpt(cut, part)
     return "\n".join([*text, ""])
 
 
-def class_head(chapter, name):
-    """The first lines of a class of stubs: its docstring and, as a comment, its __init__."""
-    lines, tree = parsed(chapter)
-    node = next(n for n in tree.body if getattr(n, "name", "") == name)
-    text = [f"class {name}:               # only the methods written here replace ours"]
-    if ast.get_docstring(node):
-        text += lines[node.body[0].lineno - 1:node.body[0].end_lineno]
-    for init in [n for n in node.body if getattr(n, "name", "") == "__init__"]:
-        text += ["", f"    # As it is in {chapter}.py:"]
-        text += [f"    # {line[4:]}".rstrip() for line in lines[init.lineno - 1:init.end_lineno]]
-    return text
+def excerpt(text, node):
+    """The lines of a node, decorators included, after an empty one."""
+    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+    return ["", *text.splitlines()[first - 1:node.end_lineno]]
 
 
 # ---------------------------------------------------------------- hand-outs and marks
@@ -200,18 +178,16 @@ def test_files(chapter):
     return [ROOT / f"tests/test_{name}.py" for name in names]
 
 
-def lay_out(folder, names, statement=your_turn, copy=shutil.copytree):
+def lay_out(folder, names, statement=your_turn):
     """Copy the six files, their tests and the weights, without the bodies of these functions."""
-    (folder / "tests/extras").mkdir(parents=True)
+    for name in ("weights", "tests/golden"):
+        shutil.copytree(ROOT / name, folder / name)
+    (folder / "tests/extras").mkdir()
+    helpers = [path for path in (ROOT / "tests/extras").glob("*.py") if path.name[:5] != "test_"]
+    for path in [*(ROOT / "tests").glob("*.py"), *helpers, ROOT / "pytest.ini"]:
+        shutil.copy(path, folder / path.relative_to(ROOT))
     for chapter in CHAPTERS:
         (folder / f"{chapter}.py").write_text(without(chapter, names, statement), encoding="utf-8")
-    files = [path for chapter in CHAPTERS for path in test_files(chapter)]
-    for path in [*files, ROOT / "tests/conftest.py", ROOT / "pytest.ini"]:
-        shutil.copy(path, folder / path.relative_to(ROOT))
-    for helper in (ROOT / "tests/extras").glob("golden_weights.py"):
-        shutil.copy(helper, folder / "tests/extras")
-    for name in ("weights", "tests/golden"):
-        copy(ROOT / name, folder / name)
 
 
 LATER = '''
@@ -224,9 +200,8 @@ def pytest_runtest_makereport(item, call):
     """A test that needs a function of a later week is skipped until then."""
     report = yield
     text = str(call.excinfo.value) if call.excinfo else ""
-    later = re.search(r"your turn, in week (\\d+): \\S+", text)
-    if report.failed and later and int(later[1]) > {week}:
-        report.outcome, report.longrepr = "skipped", (str(item.path), 0, later[0])
+    if report.failed and any(f"your turn, in week {{week}}:" in text for week in {later}):
+        report.outcome, report.longrepr = "skipped", (str(item.path), 0, "for a later week")
     return report
 '''
 
@@ -236,23 +211,19 @@ def hand_out(folder, week):
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"expected a folder that does not exist yet, got {folder}")
-    beside = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    lay_out(beside, [name for _, *names in WEEKS[week - 1:] for name in names])
-    conftest = beside / "tests/conftest.py"
-    text = conftest.read_text(encoding="utf-8").replace("import os\n", "import os\nimport re\n", 1)
-    conftest.write_text(text + LATER.format(week=week), encoding="utf-8")
+    lay_out(folder, [name for _, *names in WEEKS[week - 1:] for name in names])
+    with open(folder / "tests/conftest.py", "a", encoding="utf-8") as file:
+        file.write(LATER.format(later=[*range(week + 1, len(WEEKS) + 1)]))
     for name in ("requirements.txt", "LICENSE"):
-        shutil.copy(ROOT / name, beside)
-    (beside / "README.md").write_text(hand_out_page(week), encoding="utf-8")
-    os.replace(beside, folder)
+        shutil.copy(ROOT / name, folder)
+    (folder / "README.md").write_text(hand_out_page(week), encoding="utf-8")
 
 
 def hand_out_page(week):
     """The README of a hand-out."""
     title, *names = WEEKS[week - 1]
     files = " and ".join(f"`{chapter}.py`" for chapter in chapters_of(names))
-    tests = " ".join(f"tests/{path.name}" for c in chapters_of(names) for path in test_files(c))
+    tests = " ".join(f"tests/test_{chapter}.py" for chapter in chapters_of(names))
     return f"""# Week {week}: {title}
 
 unCLIP (the system behind DALL-E 2) in six files that one can read: `diffusion.py`, `clip.py`,
@@ -266,7 +237,7 @@ Functions of later weeks are missing, too; tests that need them are skipped.
     pytest {tests} -m "not slow" -x                     # the first that fails
     pytest                                              # in the end: everything, some minutes
 
-{marks(week)}
+{marks(names)}
 
 Hand in {files}.
 Each function is marked alone, with all others right: a gap costs only its own points.
@@ -274,18 +245,20 @@ Discuss the papers with anyone; write the code yourself.
 """
 
 
-def marks(week):
-    """The table of a week's points."""
-    names = WEEKS[week - 1][1:]
-    rows = [f"| `{name}` | {EXERCISES[name][0]} | {EXERCISES[name][1]} | {points(name)} |"
-            for name in names]
-    total = f"| **total** | | | **{sum(map(points, names))}** |"
-    head = ["| function | paper | difficulty | points |", "|---|---|---|---|"]
-    return "\n".join([*head, *rows, total])
+def marks(names):
+    """A table of exercises and their points."""
+    rows = [f"| `{name}` | {paper} | {level} | {week or ''} | {POINTS[level]} |"
+            for name, (paper, level, week) in EXERCISES.items() if name in names]
+    return "\n".join(["| function | paper | difficulty | week | points |", "|---|---|---|---|---|",
+                      *rows, f"| **total** | | | | **{sum(map(points, names))}** |"])
 
 
-def points(name):
-    return POINTS[EXERCISES[name][1]]
+def listing():
+    """Every exercise, by chapter."""
+    parts = [f"{chapter}.py\n\n" + marks([n for n in EXERCISES if n.startswith(f"{chapter}.")])
+             for chapter in chapters_of(EXERCISES)]
+    weeks = [f"week {week}: {title}" for week, title in enumerate(TITLES, start=1)]
+    return "\n\n".join([*parts, f"difficulty: {LEVELS}", "\n".join(weeks)])
 
 
 def scheme():
@@ -293,16 +266,16 @@ def scheme():
     levels = ", ".join(f"`{level}` {points}" for level, points in POINTS.items())
     parts = [f"""# Marking scheme
 
-- Points by difficulty: {levels} (a line or two, some thought, an evening).
+- Points by difficulty: {levels} ({LEVELS}).
 - A function's tests are the quick tests of its chapter that call it. Its points are the share of
   them that it passes, rounded down to a tenth. It replaces ours alone, so no gap elsewhere costs
   anything. Whether it also works with the student's other functions is shown, and costs nothing.
 - A function that ends Python, never ends, starts processes, prints without end, or replaces
   anything of the grader, pytest, torch or Python gets no points. Nor does one that only raises.
-- To mark: `python extras/coursework.py grade FILE... --week N --json results.json`
+- To mark: `python extras/coursework.py --grade FILE... --week N --json results.json`
   ({WHAT_IT_IS_NOT})."""]
-    for week, (title, *_) in enumerate(WEEKS, start=1):
-        parts.append(f"## Week {week}: {title}\n\n{marks(week)}")
+    parts += [f"## Week {week}: {title}\n\n{marks(names)}"
+              for week, (title, *names) in enumerate(WEEKS, start=1)]
     return "\n\n".join(parts)
 
 
@@ -311,11 +284,8 @@ def scheme():
 
 def home(name):
     """"clip.Block.forward" -> (clip.Block, "forward"); "clip.unit" -> (the module clip, "unit")."""
-    chapter, *path = name.split(".")
-    owner = importlib.import_module(chapter)
-    for step in path[:-1]:
-        owner = getattr(owner, step)
-    return owner, path[-1]
+    chapter, *path, attribute = name.split(".")
+    return functools.reduce(getattr, path, importlib.import_module(chapter)), attribute
 
 
 def ours(name):
@@ -326,8 +296,7 @@ def ours(name):
 @contextlib.contextmanager
 def swapped(impl):
     """With {name: function} in place of ours, wherever a chapter holds them; then ours again."""
-    undo = []
-    try:
+    with pytest.MonkeyPatch.context() as patch:
         for name, new in impl.items():
             owner, attribute = home(name)
             old = vars(owner)[attribute]
@@ -336,8 +305,7 @@ def swapped(impl):
                 for cell in getattr(getattr(new, "__wrapped__", new), "__closure__", None) or ():
                     if isinstance(cell.cell_contents, type):
                         cell.cell_contents = owner
-                undo.append((setattr, owner, attribute, old))
-                setattr(owner, attribute, new)
+                patch.setattr(owner, attribute, new)
                 continue
 
             # the chapters' names, and tables such as SCHEDULES
@@ -346,16 +314,13 @@ def swapped(impl):
                       if isinstance(value, dict) and key != "__builtins__"]
             for space in spaces + tables:
                 for key in [key for key, value in space.items() if value is old]:
-                    undo.append((dict.__setitem__, space, key, old))
-                    space[key] = new
+                    patch.setitem(space, key, new)
         yield
-    finally:
-        for put, *where in reversed(undo):
-            put(*where)
 
 
 # ---------------------------------------------------------------- one run of our tests
 
+STUDENTS = "the_students_file"
 FORBIDDEN = ("os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.system", "os.kill",
              "os.killpg")
 
@@ -377,7 +342,6 @@ class Trial:
         self.depth, self.now = 0, ""         # depth > 0: code of the file is running
 
     def run(self, *paths):
-        import pytest
         pytest.main(["-s", "-W", "ignore", "-p", "no:terminal", "-p", "no:cacheprovider", "-c",
                      str(ROOT / "pytest.ini"), *map(str, paths)], plugins=[self])
         return self
@@ -387,7 +351,6 @@ class Trial:
                     and not any(map(item.get_closest_marker, ("slow", "long")))]
 
     def pytest_runtestloop(self, session):
-        import pytest
         raises, before = pytest.raises, fingerprint()
         self.depth = 1
         impl = {name: self.guarded(name, function) for name, function in self.load().items()}
@@ -399,6 +362,8 @@ class Trial:
             for item, following in zip(session.items, [*session.items[1:], None]):
                 if self.offences or self.enough(self.results.get(self.now) or ""):
                     break
+                self.now, self.depth, self.seconds[item.nodeid] = item.nodeid, 0, 0.0
+                self.calls[self.now], self.answered[self.now] = set(), set()
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         self.offences += replaced(before)
         return True
@@ -406,29 +371,19 @@ class Trial:
     def pytest_internalerror(self, excinfo):
         self.offences.append(f"{excinfo.typename}: {excinfo.value}")
 
-    def pytest_runtest_logstart(self, nodeid):
-        self.now, self.depth, self.seconds[nodeid] = nodeid, 0, 0.0
-        self.calls[nodeid], self.answered[nodeid] = set(), set()
-
     def pytest_runtest_makereport(self, item, call):
         """In place of pytest's report: a sentence, no traceback."""
-        import pytest
-        hint = self.sentence(item, call.excinfo) if call.excinfo else None
-        return pytest.TestReport(item.nodeid, item.location, {}, "failed" if hint else "passed",
-                                 hint, call.when, duration=call.duration)
-
-    def pytest_runtest_logreport(self, report):
-        self.seconds[report.nodeid] += report.duration
-        if report.failed:
-            self.results[report.nodeid] = self.results.get(report.nodeid) or report.longrepr
-        elif report.when == "call":
-            self.results[report.nodeid] = None
+        test, hint = item.nodeid, self.sentence(item, call.excinfo) if call.excinfo else None
+        self.seconds[test] += call.duration
+        if hint or call.when == "call":
+            self.results[test] = self.results.get(test) or hint
+        return pytest.TestReport(test, item.location, {}, "failed" if hint else "passed", hint,
+                                 call.when)
 
     def guarded(self, name, function):
         """The function; that it was called, and that it returned, is noted."""
         if isinstance(function, (classmethod, staticmethod)):
             return type(function)(self.guarded(name, function.__func__))
-        import pytest
         import torch
 
         @functools.wraps(function)
@@ -454,10 +409,9 @@ class Trial:
 
     def sentence(self, item, excinfo):
         """What went wrong, in a sentence."""
-        import pytest
         error, text = excinfo.value, str(excinfo.value).strip()
         about = re.sub(r"\[.*|^test_", "", item.name).replace("_", " ")
-        line = line_of(error, self.file)
+        line = line_of(traceback.extract_tb(error.__traceback__), self.file)
         if isinstance(error, NotImplementedError) and (line or text.startswith("your turn")):
             return "not written yet"
         if isinstance(error, pytest.fail.Exception):
@@ -469,9 +423,9 @@ class Trial:
         return f"{type(error).__name__}{line}: {text.split(chr(10))[0] or 'where ' + about}"
 
 
-def line_of(error, file):
-    """" in line 4 of mine.py", the last line of the file that an error went through."""
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+def line_of(stack, file):
+    """" in line 4 of mine.py", the last line of the file in a stack of calls."""
+    lines = [frame.lineno for frame in stack if frame.filename == str(file)]
     return f" in line {lines[-1]} of {Path(file).name}" if lines else ""
 
 
@@ -483,7 +437,6 @@ def genuine(kind):
     return getattr(module, kind.__qualname__, None) is kind and module.__name__ != STUDENTS
 
 
-STUDENTS = "the_students_file"
 WATCHED = re.compile(r"(__main__|builtins|os|math|torch|torch\.testing|torch\.nn\.functional|"
                      r"pytest|_pytest\.(runner|python|raises|python_api|reports|outcomes)|"
                      rf"conftest|test_.*|{'|'.join(CHAPTERS)})$")
@@ -492,32 +445,26 @@ WATCHED = re.compile(r"(__main__|builtins|os|math|torch|torch\.testing|torch\.nn
 def fingerprint():
     """{where: what} of all that decides on a result; a file that replaces any gets nothing."""
     found = {}
-    for name, module in sys.modules.copy().items():
-        if not WATCHED.match(name):
-            continue
-        found[name] = module
-        for key, value in vars(module).copy().items():
-            if not callable(value):
-                continue
-            found[f"{name}.{key}"] = value
-            found[f"the code of {name}.{key}"] = getattr(value, "__code__", None)
-            if isinstance(value, type) and value.__module__ == name:
-                methods = vars(value).copy().items()
-                found |= {f"{name}.{key}.{k}": v for k, v in methods if callable(v)}
+    for name in filter(WATCHED.match, list(sys.modules)):
+        for key, value in vars(sys.modules[name]).copy().items():
+            mine = isinstance(value, type) and value.__module__ == name
+            methods = [(f"{key}.{k}", method) for k, method in vars(value).items()] if mine else []
+            for where, what in [(key, value), *methods]:
+                if callable(what):
+                    found[f"{name}.{where}"] = what
+                    found[f"the code of {name}.{where}"] = getattr(what, "__code__", None)
     return found
 
 
 def replaced(before):
     """What is no longer as it was, a list of at most one sentence; torch may wrap its own."""
     after = fingerprint()
-    changed = [key for key, value in before.items() if after.get(key) is not value
-               and "/torch/" not in file_of(after.get(key))]
-    return [f"it replaces {changed[0]}"] if changed else []
-
-
-def file_of(value):
-    """Where a function or its code was written."""
-    return getattr(getattr(value, "__code__", value), "co_filename", "").replace(os.sep, "/")
+    for key, value in before.items():
+        code = getattr(after.get(key), "__code__", after.get(key))
+        written = getattr(code, "co_filename", "").replace(os.sep, "/")
+        if after.get(key) is not value and "/torch/" not in written:
+            return [f"it replaces {key}"]
+    return []
 
 
 # ---------------------------------------------------------------- the process of one run
@@ -526,23 +473,19 @@ def file_of(value):
 def child():
     """One trial: the job comes from stdin, the verdict goes to a file."""
     job = json.loads(sys.stdin.readline())
-    secret, verdict = job.pop("secret"), Path(job.pop("verdict"))
-    file, limit = job["file"], job["limit"]
+    verdict, file, limit = Path(job.pop("verdict")), job["file"], job["limit"]
 
     def finish():
-        said = {key: {test: sorted(x) if isinstance(x, set) else x
-                      for test, x in getattr(trial, key).copy().items()}
-                for key in ("results", "calls", "answered", "seconds")}
-        verdict.write_text(json.dumps({"secret": secret, "offences": trial.offences, **said}))
+        said = {key: vars(trial)[key]
+                for key in ("results", "calls", "answered", "seconds", "offences")}
+        verdict.write_text(json.dumps(said, default=sorted))
+        os._exit(0)                          # nothing of the student's runs after this
 
     def too_long():
-        frame = sys._current_frames()[threading.main_thread().ident]
-        while frame is not None and frame.f_code.co_filename != file:
-            frame = frame.f_back
-        where = f", in line {frame.f_lineno} of {Path(file).name}" if frame else ""
-        trial.offences = [f"still running after {limit:.0f} seconds{where}: an endless loop?"]
+        stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
+        trial.offences = [f"still running after {limit:.0f} seconds{line_of(stack, file)}: "
+                          "an endless loop?"]
         finish()
-        os._exit(1)
 
     def load():
         timer = threading.Timer(limit, too_long)
@@ -553,8 +496,8 @@ def child():
         try:
             return read_functions(Path(file), job["names"])
         except BaseException as error:
-            trial.offences.append(f"it cannot be loaded: {type(error).__name__}"
-                                  f"{line_of(error, file)}: {error}")
+            where = line_of(traceback.extract_tb(error.__traceback__), file)
+            trial.offences += [f"it cannot be loaded: {type(error).__name__}{where}: {error}"]
             return {}
 
     def watch(event, args):
@@ -578,86 +521,54 @@ def read_functions(path, names):
     spec.loader.exec_module(module)
     found = {}
     for name in names:
-        value = module
-        for step in name.split(".")[1:]:
-            value = vars(value)[step]
-        found[name] = value
+        _, *owner, attribute = name.split(".")
+        found[name] = vars(functools.reduce(getattr, owner, module))[attribute]
 
     # its other exercises and its classes are ours again, so that a gap in one costs no other
-    for name in written(path):
-        if name not in names:
-            key = name.split(".")[1]
-            vars(module)[key] = vars(importlib.import_module(name.split(".")[0]))[key]
+    for name in set(written(path)) - set(names):
+        chapter, key, *_ = name.split(".")
+        setattr(module, key, getattr(importlib.import_module(chapter), key))
     return found
 
 
-PRINTED_AT_MOST = 1 << 20                    # bytes
-
-
-def examine(chapters, tests=None, path=None, names=(), limit=120.0):
+def examine(chapters, tests=None, path=None, names=()):
     """One trial in a process of its own, in a copy without the bodies of these functions.
 
     -> what a Trial has after its run, as a dict; only its "offences" if it did not end well.
+    Note: it may take four times as long as with our functions, and 4 seconds.
     """
-    with tempfile.TemporaryDirectory(prefix="coursework-") as folder:
-        folder = Path(folder).resolve() / "copy"
-        lay_out(folder, names, not_yours, copy=link)
-        (folder / "extras").mkdir()
-        shutil.copy(__file__, folder / "extras/coursework.py")
-        file = path and str(shutil.copy(path, folder / "extras" / path.name))
-        job = {"secret": secrets.token_hex(), "verdict": str(folder / "verdict.json"), "file": file,
-               "names": names, "chapters": chapters, "tests": tests, "limit": limit}
-        end = run_child(folder, json.dumps(job), limit + 10)
-        try:
-            verdict = json.loads((folder / "verdict.json").read_text())
-        except (OSError, ValueError):
-            verdict = {}
-        return verdict if verdict.get("secret") == job["secret"] else {"offences": [end]}
-
-
-def link(source, target):
-    """A link to a folder, or a copy where links are not allowed."""
-    try:
-        target.symlink_to(source, target_is_directory=True)
-    except OSError:
-        shutil.copytree(source, target)
-
-
-def run_child(folder, job, limit):
-    """Run `child`, for a limited time and with limited output -> how it ended, a sentence."""
+    limit = 4 + 4 * sum(recorded(chapter)["seconds"].get(test, 0) for chapter in chapters
+                        for test in tests) if path else 120
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    process = subprocess.Popen([sys.executable, str(folder / "extras/coursework.py"), "child"],
-                               cwd=folder, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, start_new_session=True)
-    printed, last = 0, b""
+    with tempfile.TemporaryDirectory(prefix="coursework-") as folder:
+        folder = Path(folder).resolve()
+        lay_out(folder, names, not_yours)
+        (folder / "extras").mkdir()
+        script = shutil.copy(__file__, folder / "extras")
+        file = path and str(shutil.copy(path, folder / "extras"))
+        verdict = folder / secrets.token_hex()           # a name that no student's file can know
+        job = {"verdict": str(verdict), "file": file, "names": names, "chapters": chapters,
+               "tests": tests, "limit": limit}
 
-    def read():
-        nonlocal printed, last
-        while (chunk := process.stdout.read1(1 << 16)) and printed < PRINTED_AT_MOST:
-            printed, last = printed + len(chunk), (last + chunk)[-500:]
-        end()
-
-    def end():
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    with contextlib.suppress(OSError):
-        process.stdin.write(job.encode() + b"\n")
-        process.stdin.close()
-    try:
-        process.wait(limit)
-        how = f"it ended Python itself (exit status {process.returncode})"
-    except subprocess.TimeoutExpired:
-        how = f"still running after {limit:.0f} seconds: an endless loop?"
-    end()                                    # and whatever it left running
-    reader.join(1)
-    if printed >= PRINTED_AT_MOST:
-        return "it prints without end"
-    return f"{how} {last.decode(errors='replace').strip()}".strip()
+        # what it prints goes nowhere; in the end it is killed with whatever it left running
+        process = subprocess.Popen([sys.executable, script, "child"], cwd=folder, env=env,
+                                   text=True, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                   stderr=path and subprocess.DEVNULL, start_new_session=True)
+        try:
+            process.communicate(json.dumps(job), limit + 10)
+            end = f"it ended Python itself (exit status {process.returncode})"
+        except subprocess.TimeoutExpired:
+            end = f"still running after {limit + 10:.0f} seconds: an endless loop?"
+        finally:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+            process.wait()
+        try:
+            return json.loads(verdict.read_text())
+        except (OSError, ValueError):
+            return {"offences": [end]}
 
 
 # ---------------------------------------------------------------- grading
@@ -667,49 +578,42 @@ def run_child(folder, job, limit):
 class Row:
     """One line of the table."""
     name: str
-    passed: int = 0
+    passed: tuple = ()                       # its tests that pass, all others being ours
     tests: int = 0
     points: float = 0.0
-    together: str = "-"                      # does it work with the student's other functions?
+    together: str = "-"                      # do they, with the student's other functions?
     hint: str = "not in the file"
 
 
 def written(path):
     """The exercises that a file defines, without running it.   ValueError if it is no Python."""
     if not path.is_file() or path.suffix != ".py":
-        raise ValueError(f"expected a Python file, NAME.py, got {path}; `stubs` writes one")
+        raise ValueError(f"expected a Python file, NAME.py, got {path}; --stubs writes one")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{path.name} is no Python: {error}") from None
-    found = set()
-    for node in tree.body:
-        inner = node.body if isinstance(node, ast.ClassDef) else ()
-        found |= {getattr(node, "name", "")}
-        found |= {f"{node.name}.{getattr(method, 'name', '')}" for method in inner}
     chapters = [path.stem] if path.stem in CHAPTERS else CHAPTERS
     return [name for name in EXERCISES
-            if name.split(".")[0] in chapters and name.split(".", 1)[1] in found]
+            if name.split(".")[0] in chapters and find(tree, *name.split(".")[1:])]
 
 
 def grade(paths, week=None, results=None):
     """Grade files -> Rows. The file `results` gets them as Gradescope reads them, zeros first."""
     asked = WEEKS[week - 1][1:] if week else EXERCISES
-    write_results(results, [Row(name) for name in asked] if week else [])
+    write_results(results, map(Row, asked))
     where = {name: Path(path).resolve() for path in paths for name in written(Path(path))
              if name in asked}
     if not where:
         raise ValueError(f"expected {f'functions of week {week}' if week else 'exercises'} in "
-                         f"{', '.join(map(str, paths))}, got none; begin with `stubs`")
+                         f"{', '.join(map(str, paths))}, got none; begin with --stubs")
     rows = {name: Row(name) for name in asked if week or name in where}
-    write_results(results, rows.values())
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(recorded, chapters_of(where)))
-        passed = dict(zip(where, pool.map(lambda name: alone(rows[name], where[name]), where)))
-        for path in {*where.values()}:
-            together([rows[name] for name in where if where[name] == path and passed[name]],
-                     passed, path)
+        list(pool.map(lambda name: alone(rows[name], where[name]), where))
+    for path in {*where.values()}:
+        together([row for row in rows.values() if where.get(row.name) == path and row.passed], path)
     write_results(results, rows.values())
     return [*rows.values()]
 
@@ -731,66 +635,51 @@ def tests_of(name):
     return sorted(tests, key=lambda test: (len(known["calls"][test]), test))
 
 
-def time_limit(tests, *chapters):
-    """Seconds that these tests may take: four times what they take with our functions, and 4."""
-    return 4 + 4 * sum(recorded(chapter)["seconds"].get(test, 0) for chapter in chapters
-                       for test in tests)
-
-
 def alone(row, path):
-    """Grade one function, all others being ours: fill its row -> the tests that it passes."""
-    chapter, tests = row.name.split(".")[0], tests_of(row.name)
-    verdict = examine([chapter], tests, path, [row.name], time_limit(tests, chapter))
+    """Grade one function, all others being ours: fill its row."""
+    tests = tests_of(row.name)
+    verdict = examine(chapters_of([row.name]), tests, path, [row.name])
     row.tests = len(tests)
     if verdict["offences"]:
         row.hint = verdict["offences"][0]
-        return []
+        return
     hints = {test: verdict["results"].get(test, "not run") for test in tests}
     passed = [test for test in tests if hints[test] is None]
     row.hint = next(filter(None, hints.values()), "all is well" if passed else "no test calls it")
 
     # whoever only raises errors raises the right ones by chance
-    if not any(row.name in verdict["answered"][test] for test in passed):
-        return []
-    row.passed = len(passed)
-    row.points = math.floor(10 * points(row.name) * len(passed) / len(tests)) / 10
-    return passed
+    if any(row.name in verdict["answered"][test] for test in passed):
+        row.passed = passed
+        row.points = math.floor(10 * points(row.name) * len(passed) / len(tests)) / 10
 
 
-def together(rows, passed, path):
+def together(rows, path):
     """Do the tests that each function passes alone also pass with the others of its file?"""
-    if len(rows) < 2:
-        return
-    names = [row.name for row in rows]
-    tests = sorted({test for name in names for test in passed[name]})
-    limit = time_limit(tests, *chapters_of(names))
-    results = examine(chapters_of(names), tests, path, names, limit).get("results", {})
-    for row in rows:
-        all_pass = all(results.get(test, "not run") is None for test in passed[row.name])
-        row.together = "yes" if all_pass else "no"
+    if len(rows) > 1:
+        names = [row.name for row in rows]
+        tests = sorted({test for row in rows for test in row.passed})
+        results = examine(chapters_of(names), tests, path, names).get("results", {})
+        for row in rows:
+            bad = [test for test in row.passed if results.get(test, "not run") is not None]
+            row.together = "no" if bad else "yes"
 
 
 def write_results(path, rows):
     """Results as Gradescope reads them: tests with name, score, max_score and output."""
-    if path is None:
-        return
     tests = [{"name": row.name, "score": row.points, "max_score": points(row.name),
-              "output": f"{row.passed} of {row.tests} tests: {row.hint}\n"
+              "output": f"{len(row.passed)} of {row.tests} tests: {row.hint}\n"
                         f"works with your other functions: {row.together}"} for row in rows]
-    content = {"output": WHAT_IT_IS_NOT, "tests": tests} if rows else {"score": 0}
-    Path(f"{path}.part").write_text(json.dumps(content, indent=1))
-    os.replace(f"{path}.part", path)
+    if path:
+        Path(f"{path}.part").write_text(json.dumps({"output": WHAT_IT_IS_NOT, "tests": tests}))
+        os.replace(f"{path}.part", path)
 
 
-def table(rows, width):
+def table(rows):
     """The rows as text."""
-    names = max(len(row.name) for row in rows)
-    lines = [f"{'function':<{names}}   tests  points  with your others  hint"]
-    for row in rows:
-        first, *more = textwrap.wrap(row.hint, max(40, width - names - 35)) or [""]
-        lines.append(f"{row.name:<{names}} {row.passed:>3}/{row.tests:<3} {row.points:>4g}/"
-                     f"{points(row.name):<3} {row.together:^16}  {first}")
-        lines += [" " * (names + 35) + line for line in more]
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'function':<{width}}   tests  points  with your others  hint"]
+    lines += [f"{row.name:<{width}} {len(row.passed):>3}/{row.tests:<3} {row.points:>4g}/"
+              f"{points(row.name):<3} {row.together:^16}  {row.hint}" for row in rows]
     scored, most = sum(row.points for row in rows), sum(points(row.name) for row in rows)
     return "\n".join([*lines, f"{scored:g} of {most} points ({WHAT_IT_IS_NOT})"])
 
@@ -798,60 +687,43 @@ def table(rows, width):
 # ---------------------------------------------------------------- command line
 
 
-def listing():
-    """What `list` prints."""
-    text = []
-    for chapter in chapters_of(EXERCISES):
-        text += ["", f"{chapter}.py"]
-        for name in of_chapter(chapter, EXERCISES):
-            paper, level = EXERCISES[name]
-            week = f"week {week_of(name)}" if week_of(name) else ""
-            text.append(f"  {name:<37} {level:<4} {paper:<28} {week}".rstrip())
-    text += ["", "difficulty: * a line or two, ** some thought, *** an evening", "", "weeks:"]
-    text += [f"  {week}  {title}" for week, (title, *_) in enumerate(WEEKS, start=1)]
-    return "\n".join(text[1:])
-
-
 def run(args):
     """One command -> its exit status."""
-    if args.command == "grade":
-        rows = grade(args.files, args.week, args.json)
-        print(table(rows, shutil.get_terminal_size((110, 20)).columns), flush=True)
+    names = WEEKS[args.week - 1][1:] if args.week else []
+    if args.grade:
+        rows = grade(args.grade, args.week, args.json)
+        print(table(rows), flush=True)
         return int(any(row.points < points(row.name) for row in rows))
-    if args.command == "handout":
-        hand_out(args.folder, args.week)
-        print(f"wrote {args.folder}: week {args.week}, {WEEKS[args.week - 1][0]}")
-    elif args.command == "stubs":
-        names = dict.fromkeys([*args.names, *(WEEKS[args.week - 1][1:] if args.week else ())])
-        if not names:
-            raise ValueError("expected the names of exercises or --week N")
-        print(stubs(names), flush=True)
+    if args.handout:
+        hand_out(args.handout, args.week)
+        print(f"wrote {args.handout}: week {args.week}, {TITLES[args.week - 1]}")
+    elif args.stubs is not None:
+        print(stubs([*args.stubs, *names]), flush=True)
     else:
-        print(listing() if args.command == "list" else scheme(), flush=True)
+        print(listing() if args.list else scheme(), flush=True)
     return 0
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Coursework from our own source.",
-                                     allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    week = dict(type=int, choices=range(1, len(WEEKS) + 1), help="a week of the course")
-    commands.add_parser("list", help="show every exercise")
-    commands.add_parser("scheme", help="show the marking scheme, one page of Markdown")
-    command = commands.add_parser("stubs", help="write the text of a file of stubs")
-    command.add_argument("names", nargs="*", metavar="NAME", help="such as diffusion.q_posterior")
-    command.add_argument("--week", **week)
-    command = commands.add_parser("handout", help="write a repository without the answers")
-    command.add_argument("folder", metavar="FOLDER")
-    command.add_argument("--week", required=True, **week)
-    command = commands.add_parser("grade", help="grade a student's files", description=(
-        f"Grade the exercises in these files: {WHAT_IT_IS_NOT}. Exit status 0 only if all points "
-        "were scored, 1 if not, 2 if a file cannot be graded."))
-    command.add_argument("files", nargs="+", metavar="FILE", help="stubs, or files of a hand-out")
-    command.add_argument("--week", **week)
-    command.add_argument("--json", metavar="FILE", help="write results in Gradescope's form, too")
+    parser = argparse.ArgumentParser(
+        description="Coursework from our own source.", allow_abbrev=False,
+        epilog=f"The grader is {WHAT_IT_IS_NOT}. Its exit status is 0 only if all points were "
+               "scored, 1 if not, 2 if a file cannot be graded.")
+    command = parser.add_mutually_exclusive_group(required=True)
+    command.add_argument("--list", action="store_true", help="show every exercise")
+    command.add_argument("--handout", metavar="FOLDER", help="write a repository without answers")
+    command.add_argument("--stubs", nargs="*", metavar="NAME",
+                         help="print stubs of these functions (diffusion.guide), or of a week")
+    command.add_argument("--grade", nargs="+", metavar="FILE",
+                         help="grade a student's files: stubs, or files of a hand-out")
+    command.add_argument("--scheme", action="store_true", help="show the marking scheme")
+    parser.add_argument("--week", type=int, choices=range(1, len(WEEKS) + 1))
+    parser.add_argument("--json", metavar="FILE", help="also write results in Gradescope's form")
+    args = parser.parse_args(arguments)
+    if not args.week and (args.handout or args.stubs == []):
+        parser.error("expected --week N, too")
     try:
-        return run(parser.parse_args(arguments))
+        return run(args)
     except BrokenPipeError:                  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -33,7 +33,7 @@ def grade(tmp_path, text, *options, name="mine.py"):
     """Grade a file as the command does -> (exit status, {function: its entry in the JSON})."""
     path, results = tmp_path / name, tmp_path / "results.json"
     path.write_text(text)
-    status = coursework.main(["grade", str(path), "--json", str(results), *options])
+    status = coursework.main(["--grade", str(path), "--json", str(results), *options])
     return status, {test["name"]: test for test in json.loads(results.read_text())["tests"]}
 
 
@@ -128,7 +128,8 @@ TRICKS = {                                   # name: (the file, what the hint sa
     "an endless loop": (BODY + "while True: pass", "line 3 of mine.py: an endless loop"),
     "an endless loop at the top": ("while True: pass" + BODY + "pass", "line 1 of mine.py: an end"),
     "a fork": ("import os" + BODY + "os.fork() or os._exit(0)", "it starts or stops processes"),
-    "printing without end": (BODY + "while True: print('*' * 1000)", "it prints without end"),
+    "printing without end": (BODY + "while True: print('*' * 1000)",
+                             "line 3 of mine.py: an endless loop"),
     # and some that issue 22 does not name
     "an object that agrees to all": (YES + BODY + "return Yes(), Yes()", "of its own class"),
     "errors alone": (BODY + "raise ValueError('expected s < t')", "ValueError in line 3"),
@@ -180,7 +181,7 @@ def test_zeros_are_written_before_anything_runs(tmp_path, monkeypatch):
 def test_what_cannot_be_graded_is_a_sentence_and_exit_status_2(text, says, tmp_path, capsys):
     if text is not None:
         (tmp_path / "mine.py").write_text(text)
-    assert coursework.main(["grade", str(tmp_path / "mine.py")]) == 2
+    assert coursework.main(["--grade", str(tmp_path / "mine.py")]) == 2
     assert re.search(rf"^error: .*{says}.*\n$", capsys.readouterr().err)
 
 
@@ -195,7 +196,7 @@ def test_a_stub_keeps_signature_and_docstring_and_no_body():
         assert ast.dump(node.args) == ast.dump(ours.args), name
         assert [*map(ast.dump, node.decorator_list)] == [*map(ast.dump, ours.decorator_list)], name
         assert ast.get_docstring(node) == ast.get_docstring(ours), name
-        assert ast.unparse(node.body[-1]) == "raise NotImplementedError('your turn')", name
+        assert re.match("raise NotImplementedError..your turn", ast.unparse(node.body[-1])), name
         assert len(node.body) == 1 + bool(ast.get_docstring(ours)), name
 
 
@@ -224,7 +225,8 @@ def test_with_the_bodies_written_the_hand_outs_own_tests_pass(week, tmp_path):
     out, later = tmp_path / "out", [name for _, *names in coursework.WEEKS[week:] for name in names]
     coursework.hand_out(out, week)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
-    blank = subprocess.run(command, cwd=out, capture_output=True, text=True)
+    touched = [f"tests/test_{c}.py" for c in coursework.chapters_of(coursework.WEEKS[week - 1][1:])]
+    blank = subprocess.run([*command, "-x", *touched], cwd=out, capture_output=True, text=True)
     assert blank.returncode == 1 and f"your turn, in week {week}" in blank.stdout, blank.stdout
     for chapter in coursework.CHAPTERS:
         (out / f"{chapter}.py").write_text(coursework.without(chapter, later))
@@ -236,10 +238,10 @@ def test_five_weeks_a_list_and_a_scheme(capsys):
     assert len(coursework.WEEKS) == 5
     for _, *names in coursework.WEEKS:
         assert 5 <= len(names) <= 7 and set(names) <= set(coursework.EXERCISES)
-    assert coursework.main(["list"]) == coursework.main(["scheme"]) == 0
+    assert coursework.main(["--list"]) == coursework.main(["--scheme"]) == 0
     said = capsys.readouterr().out
-    assert all(f" {name} " in said for name in coursework.EXERCISES)
-    assert said.count("| **total** |") == 5
+    assert all(f"`{name}`" in said for name in coursework.EXERCISES)
+    assert said.count("| **total** |") == 10
 
 
 def test_a_swap_reaches_every_place_that_holds_our_function():
@@ -251,12 +253,12 @@ def test_a_swap_reaches_every_place_that_holds_our_function():
 
 
 def test_what_is_no_exercise_is_refused_and_the_list_may_be_cut_by_head(capsys):
-    for words in (["stubs"], ["stubs", "diffusion.nothing"], ["stubs", "os.remove"]):
+    for words in (["--stubs", "diffusion.nothing"], ["--stubs", "os.remove"]):
         assert coursework.main(words) == 2
         assert capsys.readouterr().err.startswith("error: expected")
     reader, writer = os.pipe()
     os.close(reader)
-    out = subprocess.run([sys.executable, str(ROOT / "extras/coursework.py"), "list"],
+    out = subprocess.run([sys.executable, str(ROOT / "extras/coursework.py"), "--list"],
                          stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert out.returncode == 0 and not out.stderr, out.stderr
