@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -292,19 +292,12 @@ def on_switches(report):
         ways += [(f"attention by {backend.name.lower()}", half, {"around": sdpa_kernel(backend)})
                  for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                                  SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)]
-        ways += [("cudnn.benchmark", half, {"around": cudnn_benchmark()}),
+        fastest = torch.backends.cudnn.flags(enabled=True, benchmark=True)
+        ways += [("cudnn.benchmark", half, {"around": fastest}),
                  ("float16", torch.half, {}),
                  ("tf32", full, {"around": benchmark.float32_as_tf32(True)})]
     for what, dtype, options in ways:
         report.row("switches", {"what": what, "batch": B}, lambda: one(dtype, **options))
-
-
-@contextmanager
-def cudnn_benchmark():
-    """cuDNN tries its kernels and keeps the fastest."""
-    torch.backends.cudnn.benchmark = True
-    yield
-    torch.backends.cudnn.benchmark = False
 
 
 def on_toy_training(report):

@@ -10,7 +10,7 @@ import torch
 
 import decoder
 import unclip
-from extras import acceptance, benchmark, compare
+from extras import acceptance, benchmark
 
 SMALL = decoder.UNetConfig(size=8, channels=32, mults=(1, 2), attention=(8, 4), head_channels=32,
                            context_width=32)
@@ -93,19 +93,19 @@ def test_what_does_not_fit_is_not_tried(rows, monkeypatch, capsys):
 
 
 def test_the_plain_layout_gives_the_same_and_takes_as_much_work(monkeypatch):
-    monkeypatch.setattr(compare, "SIDE", 4)
-    ways = compare.unets(SMALL, 2)
-    forward, both = compare.compare_unets("U-Net", ways, 1)          # raises where outputs differ
+    monkeypatch.setattr(benchmark, "SIDE", 4)
+    ways = benchmark.unets(SMALL, 2)
+    forward, both = benchmark.compare_unets("U-Net", ways, 1)          # raises where outputs differ
     assert forward["FLOPs"] == benchmark.flops(ways["ADM's layout written plainly"][1])
     assert 2.5 < both["FLOPs"] / forward["FLOPs"] <= 3
     with pytest.raises(AssertionError, match="must agree"):
-        compare.compare_unets("U-Net", ways | {"x": (None, lambda: ways["ours"][1]() + 1)}, 1)
+        benchmark.compare_unets("U-Net", ways | {"x": (None, lambda: ways["ours"][1]() + 1)}, 1)
 
 
 @pytest.mark.parametrize("name", ["decoder", "diffusion_prior"])
 @torch.no_grad()
 def test_the_ways_to_do_a_sampling_step_agree(name):
-    first, *others = [way()[:, :3] for way in compare.sampling_ways(name, 2).values()]
+    first, *others = [way()[:, :3] for way in benchmark.sampling_ways(name, 2).values()]
     assert all(torch.allclose(first, other, atol=1e-5) for other in others)
 
 
@@ -114,7 +114,7 @@ def test_a_share_is_the_counted_work_by_the_time_and_the_best_product():
     row = {"what": "U-Net", "passes": "forward", "FLOPs": 2048 ** 3,
            "seconds": {"ours": 2.0, "plain": 3.0, "product": 1.0}}
     busy = row | {"seconds": row["seconds"] | {"product": 2.0}}
-    assert "| U-Net: forward | 2.000 | 3.000, plain | 1.50 | 25 % |" in compare.compare_table(
+    assert "| U-Net: forward | 2.000 | 3.000, plain | 1.50 | 25 % |" in benchmark.compare_table(
         [row, busy])
 
 
