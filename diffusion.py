@@ -238,8 +238,8 @@ def transitions(timesteps):
 def spaced_timesteps(T, K):
     """K ascending timesteps spread evenly over 1..T, both ends included.   IDDPM sec. 4
 
-    (1000, 7) -> [1, 167, 334, 501, 667, 833, 1000]: 1 and the sums of K - 1 equal strides, rounded,
-    halves to even; (1000, 1) -> [1000].
+    (1000, 7) -> [1, 167, 334, 501, 667, 833, 1000]: 1 + round(i strides of (T - 1) / (K - 1)) for
+    i in 0..K-1, halves to even; (1000, 1) -> [1000].   ValueError unless 1 <= K <= T.
     """
     if not 1 <= K <= T:
         raise ValueError(f"expected between 1 and {T} sampling steps, got {K}")
@@ -269,6 +269,7 @@ def ddim_step(alphabar, x_t, t, s, x0, eta=0.0, noise=None):
         x_s = sqrt(ab_s) x0 + sqrt(1 - ab_s - sig^2) eps + sig noise,      eps from x_t and this x0
         sig = eta sqrt((1 - ab_s) / (1 - ab_t)) sqrt(1 - ab_t / ab_s)
     eta from 0 (deterministic) to 1 (DDPM, small variance); noise (B, ...), or None if sig is 0.
+    ValueError for another eta, for noise that is missing, or unless 0 <= s < t (`two_timesteps`).
     """
     ab_t, ab_s = two_timesteps(alphabar, t, s)
     if not 0 <= eta <= 1:
@@ -283,7 +284,10 @@ def ddim_step(alphabar, x_t, t, s, x0, eta=0.0, noise=None):
 
 
 def ddim_invert_step(alphabar, x_t, t, u, x0):
-    """One step up, u > t >= 1, along the noise of x_t and x0: undoes `ddim_step`.   ADM app. F"""
+    """One step up, u > t >= 1, along the noise of x_t and x0: undoes `ddim_step`.   ADM app. F
+
+    ValueError unless u > t >= 1 (`two_timesteps`).
+    """
     two_timesteps(alphabar, u, t, "u > t >= 1 (towards noise; a clean image may be x_1)", first=1)
     return q_sample(alphabar, x0, u, to_eps(alphabar, x0, x_t, t))
 
