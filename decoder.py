@@ -201,7 +201,8 @@ class Upsampler(nn.Module):
     def prepare(self, high, crops=1):
         """(B, 3, S, S) -> crops x0 (B crops, 3, S / 4, S / 4), low (B crops, 3, S / 16, S / 16).
 
-        Whole images are degraded, so that crops have no edges of their own. Half: blur.
+        Whole images are degraded, so that crops have no edges of their own. Half: blur. crops = 0:
+        the whole images (B, 3, S, S), (B, 3, S / 4, S / 4).
         """
         S = self.config.unet.size
         if self.config.degradation == "bsr":
@@ -211,6 +212,8 @@ class Upsampler(nn.Module):
             low = shrink(high, S // 4)                                         # (B, 3, S/4, S/4)
             blurred = (torch.rand(len(low)) < 0.5).to(low.device)
             low = torch.where(blurred[:, None, None, None], gaussian_blur(low), low)
+        if crops == 0:
+            return high, low
         high, low = high.repeat_interleave(crops, dim=0), low.repeat_interleave(crops, dim=0)
         return crop_pair(high, low, S // 4)
 
@@ -402,7 +405,7 @@ class UNetConfig:
 class DecoderConfig:
     """Sizes of the toy's decoder; in the comments the paper's."""
     unet: UNetConfig = field(default_factory=lambda: UNetConfig(
-        size=16, channels=32, mults=(1, 1, 4), attention=(8, 4), head_channels=32,
+        size=16, channels=16, mults=(2, 1, 4), attention=(8, 4), head_channels=16,
         context_width=64, groups=8))
     embed_dim: int = 64             # D of z_i, 1024
     vocab_size: int = 600           # 16384
@@ -418,11 +421,11 @@ class DecoderConfig:
 class UpsamplerConfig:
     """Sizes of an upsampler, the toy's first; in the comments the paper's two."""
     unet: UNetConfig = field(default_factory=lambda: UNetConfig(
-        size=64, in_channels=6, channels=32, mults=(1, 1), groups=2))
+        size=64, in_channels=6, out_channels=3, channels=16, mults=(1, 2, 2), groups=2))
     T: int = 1000
     schedule: str = "cosine"        # cosine, linear
     degradation: str = "blur"       # of the small image in training: blur, bsr
-    predicts: str = "eps"           # the toy: "v"
+    predicts: str = "eps"           # the toy: "x0"
     residual: bool = False          # x0 is predicted as a correction of the enlarged image
 
 

@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 import clip
 import decoder
+import diffusion
 import prior
 
 plt.switch_backend("Agg")                         # draw into files, open no window
@@ -138,9 +139,12 @@ def losses_of(name, part, data, recipe):
         return part.loss(images, data.z_i[rows], data.text(rows), t).mean()
 
     def upsampler_batch(progress):
-        crops = 4 if part.config.unet.size > 64 else 1      # of each: large images draw slowly
-        rows, t = data.rows(batch // crops), draw_timesteps(recipe, part.config.T, batch)
-        high, low = part.prepare(data.draw(rows, part.config.unet.size), crops)     # on the CPU
+        rows = data.rows(batch // max(1, recipe.crops))
+        high, low = part.prepare(data.draw(rows, part.config.unet.size), recipe.crops)  # on the CPU
+        t = draw_timesteps(recipe, part.config.T, batch)
+        if recipe.redrawn:
+            some = rows[:round(recipe.redrawn * len(rows))]
+            low[:len(some)] = redraw(data, some, low[:len(some)])
         return part.loss(high.to(data.device), low.to(data.device), t).mean()
 
     return {"clip": clip_batch, "diffusion_prior": prior_batch, "ar_prior": prior_batch,
@@ -167,15 +171,18 @@ class Recipe:
     logit_normal: bool = False    # timesteps; else uniform ones, see draw_timesteps
     uniformity: float = 0.0       # weight of CLIP's uniformity_loss
     start: bool = False           # initialised from the data, see toy_start
+    crops: int = 4                # an upsampler's, of a quarter of the side, from each image; 0: whole
+    at_T: float = 0.0             # share of the timesteps that are T, see draw_timesteps
+    redrawn: float = 0.0          # share of the small images that the decoder drew, see redraw
 
 
 TOY = {                           # steps, batch, learning rate
     "clip": Recipe(1100, 128, 1e-3, 3e-3, 0.1, 0.98, uniformity=1.0, start=True),
     "diffusion_prior": Recipe(350, 128, 1e-3, 0.0, 0.06, 0.96, ema=0.99),
     "ar_prior": Recipe(580, 64, 1e-3, 3e-3, 0.04, 0.96, ema=0.99),
-    "decoder": Recipe(1200, 64, 2e-3, 8e-3, ema=0.99, logit_normal=True, start=True),
-    "upsampler1": Recipe(1200, 16, 2e-3, 1e-2, ema=0.99),
-    "upsampler2": Recipe(600, 8, 2e-3, 1e-2, ema=0.99)}
+    "decoder": Recipe(2600, 64, 2e-3, 8e-3, ema=0.99, logit_normal=True, start=True),
+    "upsampler1": Recipe(900, 8, 2e-3, 1e-2, ema=0.99, crops=0, at_T=0.5, redrawn=0.75),
+    "upsampler2": Recipe(600, 8, 2e-3, 1e-2, ema=0.99, at_T=0.5)}
 FLAT = {"warmup": 0, "cosine": False}
 PAPER = {                         # table 3 and (CLIP) appendix C; Radford et al. 2021: 32 epochs
     "clip": Recipe(635_000, 32_768, 3e-4, 0.0, 0.2, 0.98, eps=1e-6, warmup=2000),
@@ -297,11 +304,25 @@ def draw_timesteps(recipe, T, B):
     Logit-normal (SD3, Esser et al. 2024 sec. 3.1): mostly the middle, where shapes and colours are
     decided; one from each of B equal parts. Without: decoder 21.
     """
+    if recipe.at_T:
+        return torch.where(torch.rand(B) < recipe.at_T, T, torch.randint(1, T + 1, (B,)))
     if not recipe.logit_normal:
         return None
     u = (torch.arange(B) + torch.rand(B)) / B
     t = T * torch.sigmoid(0.9 * torch.special.ndtri(u) - 0.1)
     return 1 + t.long().clamp(max=T - 1)
+
+
+@torch.no_grad()
+def redraw(data, rows, low):
+    """Small images (B, 3, h, h) as the decoder draws them: noised to t = 0.4 T and denoised from
+    there. So an upsampler learns to correct the errors that it will be given. Without: see README."""
+    part, x = data.decoder, decoder.shrink(low, data.decoder.config.unet.size).to(data.device)
+    timesteps = [t for t in diffusion.spaced_timesteps(part.config.T, 12) if t <= 0.4 * part.config.T]
+    t = torch.full((len(x),), timesteps[-1], device=x.device)
+    x_t = diffusion.q_sample(part.alphabar, x, t, torch.randn_like(x))
+    return diffusion.sample(part.denoiser(data.z_i[rows], data.text(rows)), part.alphabar, x_t, timesteps,
+                            predicts=part.config.predicts, clamp=1.0, variance="learned").to(low.device)
 
 
 def hard_negatives(rng, two):
@@ -530,6 +551,8 @@ def run(source, settings):
             part.load_state_dict(state["done"][name])
             if name == "clip":
                 data.embed(part)
+            if name == "decoder":
+                data.decoder = part
 
             # draw samples with the parts that are trained so far
             model = unclip.UnCLIP(config, parts, tokenizer, sorted(words))

@@ -116,7 +116,7 @@ class UnCLIP:
         """z_i (B, D), text -> small images (B, 3, h, h) in [-1, 1].   Sec. 2.1"""
         x = self.part("decoder").sample(
             z_i, text, self.setting("decoder_steps", steps), self.setting("guidance", guidance),
-            generator, "images" if progress else None, **known)
+            generator, "images" if progress else None, self.config.sampling.guidance_above, **known)
         return expect_finite(x, "the decoder")
 
     def upsample(self, x, steps=None, generator=None, progress=False):
@@ -338,6 +338,7 @@ def slerp(a, b, fraction):
 class Sampling:
     """How a stack is sampled unless told otherwise. In the comments the paper's."""
     guidance: float = 2.0           # of the decoder, 1.25 to 4 (table 2, fig. 9)
+    guidance_above: int = 0         # only at t above this (Kynkaanniemi et al. 2024); 0: always
     prior_guidance: float = 1.0     # "guiding the prior hurt results" (sec. 5.5)
     prior_steps: int = 64
     decoder_steps: int = 250
@@ -366,11 +367,12 @@ def toy():
         clip.CLIPConfig(embed_dim=64, context=20, activation="gelu",
                         pixel_mean=(1.0,) * 3, pixel_std=(0.33,) * 3),           # white is 0
         prior.DiffusionPriorConfig(), prior.ARPriorConfig(),        # sizes stand in the classes
-        decoder.DecoderConfig(predicts="v"), decoder.UpsamplerConfig(predicts="v"),
-        decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, channels=16,
-                                                   mults=(1, 1), groups=2),
-                                schedule="linear", degradation="bsr", predicts="v"),
-        Sampling(guidance=2.0, prior_steps=16, decoder_steps=12, upsampler_steps=(2, 2), rerank=4))
+        decoder.DecoderConfig(predicts="v"), decoder.UpsamplerConfig(predicts="x0", residual=True),
+        decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, out_channels=3,
+                                                   channels=16, mults=(1, 1), groups=2),
+                                schedule="linear", predicts="x0", residual=True),
+        Sampling(guidance=2.0, guidance_above=300, prior_steps=1, candidates=1, decoder_steps=12,
+                 upsampler_steps=(2, 2), rerank=4))
 
 
 def paper():
