@@ -518,7 +518,7 @@ BUGS = {
         "only matrices decay", "lit-llama #254: weight decay on norms and biases, which nanoGPT "
         "spares."),
     "momentum_forgotten": Bug("train_toy.Muon.step",
-        "whole(w.grad.lerp(average, group[\"momentum\"]))", "whole(w.grad)", "muon steps",
+        "w.grad.lerp(average, group[\"momentum\"])", "w.grad", "muon steps",
         "optax PR 1170 (fixed): its Muon orthogonalised the gradient, not the momentum."),
     "a_norm_for_each_tensor": Bug("train_toy.worst_nearby", "alpha=float(rho / norm)",
         "alpha=float(rho / (g.norm() + 1e-12))", "over all the parameters", "The norm of SAM "

@@ -53,24 +53,22 @@ def main(folder):
     config = unclip.toy()
     for part in (config.clip, config.diffusion_prior, config.ar_prior, config.decoder):
         part.vocab_size = len(tokenizer)
+    train_toy.SAVE_SECONDS = 0.0
     data, results = train_toy.Data(source, tokenizer, config, torch.device("cpu")), {}
 
     for name in unclip.PARTS:
         recipe = replace(train_toy.TOY[name], steps=STEPS, batch=BATCH, warmup=0)
-        if name == "upsampler2":                  # BSR needs numpy's draws; blur is torch's
-            config.upsampler2.degradation = "blur"
 
         def train(state=None, save=None):
             part = train_toy.fresh_part(name, recipe, data, config, 0)
             if world > 1:
-                train_toy.shard(part)
                 batch_loss = train_toy.losses_of(name, part, data, recipe)
             else:
                 batch_loss = both_shares(name, part, data, recipe)
                 for _ in range(len(state["losses"]) if state else 0):
                     batch_loss(0.0)               # steps that were taken already
-            losses = train_toy.train(part, recipe, batch_loss, 0, state, save, 0.0)
-            return losses, {key: train_toy.whole(w) for key, w in part.state_dict().items()}
+            losses = train_toy.train(part, recipe, batch_loss, 0, state, save)
+            return losses, part.state_dict()
 
         def save(state):
             if rank == 0 and len(state["losses"]) == STOP:
@@ -83,6 +81,8 @@ def main(folder):
         results[f"{name} resumed"], results[f"{name} resumed weights"] = train(stopped)
         if name == "clip":
             data.embed(train_toy.fresh_part(name, recipe, data, config, 0))
+        if name == "decoder":
+            data.decoder = train_toy.fresh_part(name, recipe, data, config, 0)
 
     if rank == 0:
         torch.save(results, folder / f"results{world}.pt")
