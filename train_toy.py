@@ -187,9 +187,9 @@ TOY = {                           # steps, batch, learning rate
     "clip": Recipe(1100, 128, 1e-3, 3e-3, 0.1, 0.98, uniformity=1.0, start=True),
     "diffusion_prior": Recipe(350, 128, 1e-3, 0.0, 0.06, 0.96, ema=0.99),
     "ar_prior": Recipe(580, 64, 1e-3, 3e-3, 0.04, 0.96, ema=0.99),
-    "decoder": Recipe(2600, 64, 2e-3, 8e-3, ema=0.99, logit_normal=True, start=True),
+    "decoder": Recipe(3000, 64, 2e-3, 8e-3, ema=0.99, logit_normal=True, start=True),
     "upsampler1": Recipe(900, 8, 2e-3, 1e-2, ema=0.99, crops=0, at_T=0.5, redrawn=0.75),
-    "upsampler2": Recipe(600, 8, 2e-3, 1e-2, ema=0.99, at_T=0.5)}
+    "upsampler2": Recipe(400, 8, 2e-3, 1e-2, ema=0.99, at_T=0.5)}
 FLAT = {"warmup": 0, "cosine": False}
 PAPER = {                         # table 3 and (CLIP) appendix C; Radford et al. 2021: 32 epochs
     "clip": Recipe(635_000, 32_768, 3e-4, 0.0, 0.2, 0.98, eps=1e-6, warmup=2000),
