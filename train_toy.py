@@ -798,8 +798,13 @@ def score(model, sets, condition, seed=0):
     wrong, outlines = [], []
     for i in tqdm(range(0, len(scenes), 20), desc=condition, leave=False):
         some = scenes[i:i + 20]
+        captions = [caption(scene) for scene in some for _ in range(4 if condition == BEST else 1)]
         true = render_many(some, model.config.clip.image_size)
-        small = draw(model, condition, [caption(scene) for scene in some], true, generator)
+        text = model.encode_text(captions)
+        z_i = embedding(model, condition, text, true, generator)
+        small = model.sample_decoder(z_i, text, generator=generator)
+        if condition == BEST:
+            small = model.rerank(small, captions[::4], keep=1)
         for scene, image in zip(some, model.upsample(small, generator=generator).cpu()):
             seen = read(image)
             wrong.append(mistakes(scene, seen))
@@ -813,14 +818,6 @@ def score(model, sets, condition, seed=0):
     row["wrong pairs"] = Counter(" and ".join(sorted(o.shape for o in scene.objects))
                                  for scene, some in zip(scenes, wrong) if some)
     return row
-
-
-def draw(model, condition, captions, images, generator):
-    """Small images of B captions under one of CONDITIONS -> (B, 3, h, h)."""
-    text = model.encode_text([c for c in captions for _ in range(4 if condition == BEST else 1)])
-    z_i = embedding(model, condition, text, images, generator)
-    x = model.sample_decoder(z_i, text, generator=generator)
-    return model.rerank(x, captions, keep=1) if condition == BEST else x
 
 
 def embedding(model, condition, text, images, generator):
