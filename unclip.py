@@ -17,7 +17,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")        # two processes do not s
 import argparse
 import copy
 import math
-import secrets
 import sys
 import time
 import typing
@@ -61,13 +60,9 @@ class UnCLIP:
                rerank=None, generator=None, progress=True):
         """B captions, or one string -> images (B, 3, H, W) in [-1, 1].
 
-        guidance          classifier-free guidance of the decoder: 1 is none, 3 is strong
-        candidates        embeddings drawn by the diffusion prior for each image; the best is kept
-        upsampler_steps   one number for each upsampler
-        rerank            small images drawn for each caption; the one CLIP likes best is enlarged
-        generator         the source of all randomness: equal seeds, equal images, on any device.
-                          A list has one for each image, which then does not depend on the others.
-        What is None is as `config.sampling` has it.
+        generator: the source of all randomness; equal seeds, equal images, on any device. A list
+        has one for each image, which then does not depend on the others.
+        The other options are explained at `Sampling`; None: as `config.sampling` has it.
         """
         captions = [captions] if isinstance(captions, str) else captions
         n = self.setting("rerank", rerank)
@@ -123,8 +118,8 @@ class UnCLIP:
         """The decoder's (B, 3, h, h) -> (B, 3, H, H), both in [-1, 1]. steps: see `sample`."""
         bar = "upsampling" if progress else None
         for i, n in enumerate(self.setting("upsampler_steps", steps), start=1):
-            x = self.part(f"upsampler{i}").sample(x, n, generator, bar)
-            expect_finite(x, f"upsampler{i}")
+            name = f"upsampler{i}"
+            x = expect_finite(self.part(name).sample(x, n, generator, bar), name)
         return x
 
     def rerank(self, images, captions, keep):
@@ -135,15 +130,13 @@ class UnCLIP:
         z_t = clip.unit(self.encode_text(captions).z_t)                          # (B, D)
         z_i = clip.unit(self.encode_image(images)).unflatten(0, (len(z_t), -1))  # (B, N, D)
         best = (z_i * z_t[:, None]).sum(2).topk(keep, dim=1).indices             # (B, keep)
-        images = images.unflatten(0, (len(z_t), -1))                             # (B, N, 3, H, W)
-        return torch.cat([own[i] for own, i in zip(images, best)])
+        return torch.cat([own[i] for own, i in zip(images.chunk(len(z_t)), best)])
 
     @torch.no_grad()
     def encode_image(self, images):
         """Square images (B, 3, S, S) in [-1, 1] of any size -> z_i (B, D)."""
         self.expect_parts("CLIP image encoder")
-        square = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]
-        if not square or not images.abs().max() <= 1:
+        if images.shape[1:] != (3, *images.shape[-1:] * 2) or not images.abs().max() <= 1:
             raise ValueError(f"expected square images (B, 3, S, S) in [-1, 1], got {images.shape} "
                              f"in [{images.min():g}, {images.max():g}]; from 0..255: x / 127.5 - 1")
         x = resize(images.to(self.device), self.config.clip.image_size)
@@ -156,9 +149,8 @@ class UnCLIP:
         self.expect_parts(name)
         part = self.parts[name]
         if self.low_memory:
-            for other in self.parts.values():
-                if other not in (None, part):
-                    other.to("cpu")
+            for other in set(self.parts.values()) - {None, part}:
+                other.to("cpu")
             part.to(self.device)
         return part
 
@@ -192,16 +184,16 @@ class UnCLIP:
             raise ValueError(f'expected the prior "diffusion" or "ar", got {prior!r}')
         if prior == "ar" and (given.get("prior_steps") or given.get("candidates")):
             raise ValueError("the AR prior has no prior_steps and no candidates; leave them out")
-        self.expect_parts(*[f"{prior}_prior"] * bool(prior),
-                          *["CLIP image encoder"] * (given.get("rerank", 1) > 1),
-                          *[f"upsampler{i + 1}" for i in range(len(steps))])
+
+        needed = {f"{prior}_prior": prior, "CLIP image encoder": given.get("rerank", 1) > 1,
+                  "upsampler1": steps, "upsampler2": len(steps) > 1}
+        self.expect_parts(*(name for name, used in needed.items() if used))
 
     # ---- sec. 3: what one can do with an image once it is an embedding, and noise
 
     def latent(self, images, steps=250, progress=False):
-        """The bipartite latent of images (B, 3, S, S): z_i (B, D), x_T (B, 3, h, h).   Sec. 3
-
-        z_i is what CLIP sees in an image; x_T is all the rest that it takes to draw it again.
+        """The bipartite latent of images (B, 3, S, S): z_i (B, D), what CLIP sees in them, and
+        x_T (B, 3, h, h), all the rest that it takes to draw them again.   Sec. 3
         """
         z_i, size = self.encode_image(images).float(), self.config.decoder.unet.size
         part, x = self.part("decoder"), F.interpolate(images, (size, size), mode="area")
@@ -242,16 +234,15 @@ class UnCLIP:
         if noise not in ("slerp", "fixed"):
             raise ValueError(f'expected noise "slerp" or "fixed", got {noise!r}')
         self.check(n, n=n, steps=steps, **options)
-        z_a, x_a = self.latent(open_image(a)[None], steps, progress)
-        z_b, x_b = self.latent(open_image(b)[None], steps, progress)
+        (z_a, x_a), (z_b, x_b) = (self.latent(open_image(x)[None], steps, progress) for x in (a, b))
 
         fraction = torch.linspace(0, 1, n, device=self.device)[:, None]          # (n, 1)
         if noise == "slerp":
             x_T = slerp(x_a.flatten(1), x_b.flatten(1), fraction).unflatten(1, x_a.shape[1:])
         else:
-            first = options.get("generator")
-            first = first[0] if isinstance(first, (list, tuple)) else first
-            x_T = diffusion.noise_like(x_a, first).expand(n, -1, -1, -1)
+            draws = options.get("generator")
+            draws = draws[:1] if isinstance(draws, (list, tuple)) else draws
+            x_T = diffusion.noise_like(x_a, draws).expand(n, -1, -1, -1)
         return self.decode_latent(slerp(z_a, z_b, fraction), x_T, steps=steps, progress=progress,
                                   **options)
 
@@ -276,10 +267,10 @@ class UnCLIP:
 
     def inpaint(self, image, mask, caption, n=4, *, guidance=None, steps=None, upsampler_steps=None,
                 generator=None, progress=False):
-        """n images (n, 3, H, H) that keep the image where the mask is black.   RePaint
+        """n images (n, 3, H, H) that keep the image where the mask (see `open_mask`) is black; what
+        is white is drawn anew, as the caption asks.   RePaint
 
-        What is white is drawn anew, as the caption asks. mask: a path, a PIL image or (S, S) in
-        0..1. The decoder inpaints the small image; a small pixel counts as known if all of it is.
+        The decoder inpaints the small image; a small pixel counts as known if all of it is.
         """
         self.check(n, "diffusion", generator, upsampler_steps, n=n, guidance=guidance, steps=steps)
         image, hole = open_image(image)[None].to(self.device), open_mask(mask).to(self.device)
@@ -305,14 +296,14 @@ class UnCLIP:
         """One file with all that `load` needs. dtype: of the weights in it, not of buffers."""
         parts, weights = {name: part for name, part in self.parts.items() if part is not None}, {}
         for name, part in parts.items():
-            learnt = {key for key, _ in part.named_parameters()}
+            learnt = dict(part.named_parameters())
             weights[name] = {key: w.detach().cpu().to(dtype if dtype and key in learnt else w.dtype)
                              for key, w in part.state_dict().items()}
+
         config = replace(self.config, **{name: part.config for name, part in parts.items()})
         content = {"format": FORMAT, "config": asdict(config), "weights": weights,
                    "classes": {name: type(part).__name__ for name, part in parts.items()},
-                   "tokenizer": self.tokenizer and self.tokenizer.state(),
-                   "words": list(self.words)}
+                   "tokenizer": self.tokenizer and self.tokenizer.state(), "words": [*self.words]}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: torch.save(content, file))
 
@@ -332,8 +323,6 @@ def slerp(a, b, fraction):
 
 
 # ---------------------------------------------------------------- presets
-
-
 @dataclass
 class Sampling:
     """How a stack is sampled unless told otherwise. In the comments the paper's."""
@@ -381,12 +370,14 @@ def paper():
     deep = dict(depth=3, mults=(1, 2, 3, 4), dropout=0.1)
     return Config(
         "paper",
-        clip.CLIPConfig(embed_dim=1024, image_size=256, patch=16, image_width=1280,
-                        image_layers=32, image_heads=20, vocab_size=49408, context=77,
+        clip.CLIPConfig(embed_dim=1024, image_size=256, patch=16, vocab_size=49408, context=77,
+                        image_width=1280, image_layers=32, image_heads=20,
                         text_width=1024, text_layers=24, text_heads=16),
+
         prior.DiffusionPriorConfig(width=2048, layers=24, heads=32, **text),
         prior.ARPriorConfig(components=319, buckets=1024, width=1664, layers=24, heads=26,
                             text_width=2048, text_layers=24, text_heads=32, **text),
+
         decoder.DecoderConfig(
             decoder.UNetConfig(size=64, channels=512, attention=(32, 16, 8), context_width=2048,
                                **deep), text_layers=24, text_heads=32, **text),
@@ -403,7 +394,6 @@ PARTS = {"clip": clip.CLIP, "diffusion_prior": prior.DiffusionPrior, "ar_prior":
          "upsampler2": decoder.Upsampler}
 
 # ---------------------------------------------------------------- build, save, load
-
 HERE = Path(__file__).resolve().parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMAT = "unclip 2"
@@ -419,17 +409,15 @@ def build(preset, device="cpu", dtype=torch.float32):
 
 
 def build_part(kind, config, device="cpu", dtype=torch.float32):
-    """One part with fresh weights, or None where it has no config."""
+    """One part with fresh weights, convolutions' in the memory order of images; None: no config."""
     if config is None:
         return None
     with torch.device(device):
-        part = kind(config)
-    # convolutions' weights in the memory order of a U-Net's images: no copies at every call
-    return part.to(dtype=dtype, memory_format=torch.channels_last).eval()
+        return kind(config).to(dtype=dtype, memory_format=torch.channels_last).eval()
 
 
 def load(path, device="cpu", dtype=torch.float32, clip_path=None, low_memory=False):
-    """A checkpoint file of ours, or a Karlo folder -> UnCLIP, ready to sample.
+    """A file of `UnCLIP.save`, or a Karlo folder -> UnCLIP, ready to sample.
 
     clip_path: for a Karlo folder without image encoder, a CLIP that has one.
     low_memory: parts wait on the CPU and come to the device one at a time.
@@ -437,10 +425,7 @@ def load(path, device="cpu", dtype=torch.float32, clip_path=None, low_memory=Fal
     """
     home = "cpu" if low_memory else device
     if Path(path).is_dir():
-        try:
-            from extras import karlo                     # only public weights need extras/
-        except ModuleNotFoundError:
-            raise ValueError(f"{path} is a folder; to read it takes extras/karlo.py") from None
+        from extras import karlo                         # only public weights need extras/
         model = karlo.load_karlo(path, home, dtype, clip_path)
     elif clip_path is not None:
         raise ValueError(f"{path} has a CLIP of its own; give another only with a Karlo folder")
@@ -451,20 +436,20 @@ def load(path, device="cpu", dtype=torch.float32, clip_path=None, low_memory=Fal
 
 
 def load_checkpoint(path, device, dtype):
-    """A file of `UnCLIP.save` -> UnCLIP.   ValueError that names the file and the wrong entry."""
+    """Our file -> UnCLIP.   ValueError that names the file and the entry that is wrong."""
     content, entry, parts = read_checkpoint(path), "config", dict.fromkeys(PARTS)
     try:
         config = config_from(Config, content["config"])
         for entry, weights in content["weights"].items():
             name = content["classes"][entry]             # never imported by a name out of a file
-            found = [kind for kind in family(PARTS[entry]) if kind.__name__ == name]
-            if not found:
+            kinds = {kind.__name__: kind for kind in family(PARTS[entry])}
+            if name not in kinds:
                 raise ValueError(f"first import the module that defines {name}")
             for key, w in weights.items():
                 if w.is_complex() or not w.isfinite().all():
                     raise ValueError(f"{key} is complex, or not finite")
 
-            part = build_part(found[-1], getattr(config, entry), "meta", dtype)
+            part = build_part(kinds[name], getattr(config, entry), "meta", dtype)
             part.load_state_dict(weights, assign=True)
             for w in part.parameters():                  # buffers stay as they are
                 w.data = w.data.to(dtype)
@@ -485,12 +470,12 @@ def family(kind):
 
 def config_from(kind, plain, name="config"):
     """asdict's inverse -> `kind`, or the subclass of it that has just these settings."""
-    fitting = [k for k in family(kind) if {f.name for f in fields(k)} == set(plain)]
-    if not fitting:
-        wrong = {f.name for f in fields(kind)} ^ set(plain)
-        raise ValueError(f"{name} has other settings: {', '.join(sorted(wrong))}")
+    wrong = {k: {f.name for f in fields(k)} ^ set(plain) for k in family(kind)}
+    kind = min(wrong, key=lambda k: len(wrong[k]))
+    if wrong[kind]:
+        raise ValueError(f"{name} has other settings: {', '.join(sorted(wrong[kind]))}")
 
-    hints, values = typing.get_type_hints(fitting[0]), {}
+    hints, values = typing.get_type_hints(kind), {}
     for key, value in plain.items():
         kinds = typing.get_args(hints[key]) or (hints[key],)
         if isinstance(value, dict):
@@ -498,7 +483,7 @@ def config_from(kind, plain, name="config"):
         if not isinstance(value, (*kinds, int) if float in kinds else kinds):
             raise ValueError(f"{name}.{key} is {value!r}; expected {kinds[0].__name__}")
         values[key] = value
-    return fitting[0](**values)
+    return kind(**values)
 
 
 def read_checkpoint(path, kind=FORMAT):
@@ -536,7 +521,7 @@ def from_first_edition(content):
 def write_atomically(path, write):
     """write(file) beside `path`, then rename: whatever happens, `path` is whole, old or new."""
     path = Path(os.path.realpath(path))
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         with open(beside, "xb") as file:
             write(file)
@@ -551,8 +536,6 @@ def write_atomically(path, write):
 
 
 # ---------------------------------------------------------------- images in and out
-
-
 def open_mask(mask):
     """A path, a PIL image or (S, S) in 0..1 -> (1, 1, S, S), 1 where it is white, else 0."""
     mask = mask.expand(3, *mask.shape[-2:]) * 2.0 - 1 if torch.is_tensor(mask) else mask
@@ -574,11 +557,10 @@ def save_grid(images, path, columns):
     """Images (B, 3, H, W) in [-1, 1], row by row with a white rim, to a PNG or JPEG file."""
     kind, (B, _, H, W) = image_format(path), images.shape
     rows, gap = math.ceil(B / columns), 0 if B == 1 else max(2, H // 64)
-    sheet = torch.ones(3, rows * (H + gap) - gap, columns * (W + gap) - gap)
+    sheet = Image.new("RGB", (columns * (W + gap) - gap, rows * (H + gap) - gap), "white")
     for i, x in enumerate(images):
-        top, left = i // columns * (H + gap), i % columns * (W + gap)
-        sheet[:, top:top + H, left:left + W] = x
-    write_atomically(path, lambda file: to_pil(sheet).save(file, kind))
+        sheet.paste(to_pil(x), (i % columns * (W + gap), i // columns * (H + gap)))
+    write_atomically(path, lambda file: sheet.save(file, kind))
 
 
 def image_format(name):
@@ -592,25 +574,21 @@ def image_format(name):
 
 
 # ---------------------------------------------------------------- options and errors
-
-
 class RangeError(argparse.ArgumentTypeError, ValueError):
     """A number out of its range, at the command line (argparse prints it) or in Python."""
 
 
 def number(low, high, name="a value"):
     """-> f(value or text): the number, if it is in this range, and whole if `low` is."""
-    kind = type(low)
-    what = f"{name} from {low} to {high}, a {'whole' if kind is int else 'finite'} number"
-
     def read(value):
         try:
-            x = kind(str(value))
+            x = type(low)(str(value))
         except ValueError:
             x = math.nan
         if low <= x <= high:
             return x
-        raise RangeError(f"expected {what}, got {value!r}")
+        what = "whole" if isinstance(low, int) else "finite"
+        raise RangeError(f"expected {name} from {low} to {high}, a {what} number, got {value!r}")
     return read
 
 
@@ -644,7 +622,6 @@ def stop_on_error(run, *args):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")        # a terminal without Unicode
-
     try:
         run(*args)
         print(end="", flush=True)
@@ -654,13 +631,14 @@ def stop_on_error(run, *args):
         sys.exit(1)
     except KeyboardInterrupt as stop:
         message, status = str(stop) or "stopped", 130
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-        message, status = f"error: {error}", 2
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, MemoryError,
+            RuntimeError) as e:
+        message, status = f"error: {e}", 2
+        if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and "memory" in str(e):
+            message = "error: too large for this machine's memory; try --low-memory, --dtype " \
+                      f"bf16, fewer images ({str(e)[:200]})".replace("\n", " ")
+        elif isinstance(e, RuntimeError):
             raise
-        hint = "too large for this machine's memory; try --low-memory, --dtype bf16, fewer images"
-        message, status = f"error: {hint} ({str(error).splitlines()[0]})", 2
     print(message, file=sys.stderr)
     sys.exit(status)
 
@@ -674,8 +652,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 # ---------------------------------------------------------------- command line
-
-
 def run(draw, out, weights, clip_path, device, dtype, low_memory, seed, **options):
     """What all commands share. options: the arguments of draw(model, ...)."""
     start, device, n = time.perf_counter(), pick_device(device), options["n"]
