@@ -494,9 +494,9 @@ def read_checkpoint(path, kind=FORMAT):
         if zipfile.ZipFile(path).testzip():              # compares the CRC of every entry
             raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
     except Exception as error:               # torch raises many kinds for what is no checkpoint
+        if isinstance(error, PermissionError):
+            raise
         raise ValueError(f"{path} is not a checkpoint, or is cut short or damaged "
                          f"({type(error).__name__}); train or download it again") from None
 
@@ -631,14 +631,13 @@ def stop_on_error(run, *args):
         sys.exit(1)
     except KeyboardInterrupt as stop:
         message, status = str(stop) or "stopped", 130
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, MemoryError,
-            RuntimeError) as e:
-        message, status = f"error: {e}", 2
-        if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and "memory" in str(e):
-            message = "error: too large for this machine's memory; try --low-memory, --dtype " \
-                      f"bf16, fewer images ({str(e)[:200]})".replace("\n", " ")
-        elif isinstance(e, RuntimeError):
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+        message, status = f"error: {error}", 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
+        message, status = (f"error: too large for this machine's memory ({str(error)[:80]}); try "
+                           "--low-memory, --dtype bf16, fewer images").replace("\n", " "), 2
     print(message, file=sys.stderr)
     sys.exit(status)
 
@@ -647,8 +646,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of each option that has one."""
 
     def _get_help_string(self, action):
-        plain = action.default is None or action.default is False
-        return action.help if plain else super()._get_help_string(action)
+        has_one = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_one else action.help
 
 
 # ---------------------------------------------------------------- command line
@@ -677,10 +676,10 @@ def run(draw, out, weights, clip_path, device, dtype, low_memory, seed, **option
 
 def draw_sample(model, captions, n, steps, **options):
     """n images of each caption, and a warning of words that no training caption had."""
-    words = dict.fromkeys(w for text in captions for w in clip.split_words(clip.clean(text)))
-    unknown = [word for word in words if model.words and word not in model.words]
+    words = dict.fromkeys(clip.split_words(clip.clean(" ".join(captions))))
+    unknown = ", ".join(word for word in words if model.words and word not in model.words)
     if unknown:
-        print(f"These weights were not trained on: {', '.join(unknown)}. They know: "
+        print(f"These weights were not trained on: {unknown}. They know: "
               f"{', '.join(sorted(model.words))}.", file=sys.stderr)
     return model.sample([c for c in captions for _ in range(n)], decoder_steps=steps, **options)
 
@@ -713,8 +712,7 @@ COMMANDS = {                                    # name: help, what draws, defaul
         "--eta": dict(default=0.2, help="noise on the way, from 0, the image itself, to 1")}),
     "interpolate": ("from one image to another (sec. 3.2)", UnCLIP.interpolate, FEW, {
         "a": IMAGE, "b": IMAGE,
-        "--noise": dict(default="slerp", choices=("slerp", "fixed"),
-                        help="slerp: the ends are the two images; fixed: one noise for all")}),
+        "--noise": dict(default="slerp", choices=("slerp", "fixed"), help="fixed: one for all")}),
     "edit": ("change an image by words (sec. 3.3)", UnCLIP.text_diff, FEW, {
         "image": IMAGE,
         "--source": TEXT | dict(help="what the image shows"),
@@ -729,9 +727,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="unCLIP: from a caption to an image.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (help, draw, defaults, options) in COMMANDS.items():
-        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False,
-                                  formatter_class=HelpFormatter,
-                                  epilog="What has no default here is as the weights have it.")
+        sub = commands.add_parser(
+            name, help=help, description=help, allow_abbrev=False, formatter_class=HelpFormatter,
+            epilog="What has no default here is as the weights have it.")
         for flags, option in (SHARED | options).items():
             dest = flags.split()[-1].strip("-").replace("-", "_")
             ranged = dict(type=RANGES[dest], metavar="N") if dest in RANGES else {}
