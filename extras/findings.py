@@ -1,4 +1,4 @@
-"""The paper's findings at toy scale: tables of settings, and one function that scores a setting.
+"""The paper's findings at toy scale: tables of settings, and one function that draws a setting.
 
     python extras/findings.py figures                             all of them, into pictures/
     python extras/findings.py figures --only prior --scenes 4     one of them, in seconds
@@ -47,8 +47,9 @@ import train_toy
 from train_toy import Object, Scene, caption, plt, render_many, stated
 
 STEPS = 25                                        # of DDIM, each way
+GROUPS = 300                                      # of the training set to compare with, a scene
 
-# ---------------------------------------------------------------- one setting, one score
+# ---------------------------------------------------------------- a setting, and what it draws
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Setting:
     rerank: int = 1                               # of so many images CLIP chooses one
     wording: str = "as trained"                   # of the captions, see WORDINGS
     upsample: str = ""                            # "network" or "bicubic": to the largest size
-    sampler: dict | None = None                   # changed options of diffusion.sample
+    sampler: dict = field(default_factory=dict)   # changed options of diffusion.sample
     bug: str = ""                                 # of extras/museum.py
     eta: float = 0.0                              # this and the next three, of "image": DDIM's
     edit: str = ""                                # the attribute that a text diff changes
@@ -70,18 +71,11 @@ class Setting:
 
 
 @torch.no_grad()
-def score(model, scenes, setting, seed=0, baseline=None):
-    """Draw B scenes under a setting and measure the images -> {measure: number}.
+def draw(model, scenes, setting, seed=0, baseline=None):
+    """B scenes under a setting -> a namespace with images (B, n, 3, h, h) and what is seen there.
 
     baseline: a stack whose decoder was trained on captions alone; it draws "caption alone".
     """
-    drawn = draw(model, scenes, setting, seed, baseline)
-    return {name: float(MEASURES[name](drawn)) for name in setting.measures}
-
-
-@torch.no_grad()
-def draw(model, scenes, setting, seed=0, baseline=None):
-    """-> a namespace: what the setting asks for, images (B, n, 3, h, h), what is seen in them."""
     captions, targets = zip(*(WORDINGS[setting.wording](scenes, i) for i in range(len(scenes))))
     if setting.edit:
         rng = random.Random(seed)
@@ -95,14 +89,13 @@ def draw(model, scenes, setting, seed=0, baseline=None):
         generator=torch.Generator().manual_seed(seed))
 
     # a sampler of another kind, or one of the museum's bugs, in place of our function
-    changes, sample = {}, diffusion.sample
-    if setting.sampler:
-        changes["diffusion.sample"] = lambda *x, **how: sample(*x, **(how | setting.sampler))
+    sample = diffusion.sample
+    changes = {"diffusion.sample": lambda *x, **how: sample(*x, **(how | setting.sampler))}
     if setting.bug:
         import museum
-        changes[museum.BUGS[setting.bug].function] = museum.broken(museum.BUGS[setting.bug])
+        changes = {museum.BUGS[setting.bug].function: museum.broken(museum.BUGS[setting.bug])}
     with patched(changes):
-        DRAW.get(setting.condition, draw_captions)(d)             # sets d.images
+        d.images = DRAW.get(setting.condition, draw_captions)(d)
     if setting.upsample:
         small, size = d.images.flatten(0, 1), artist.config.upsampler2.unet.size
         large = unclip.resize(small, size) if setting.upsample == "bicubic" else \
@@ -128,34 +121,33 @@ def patched(changes):
 
 def draw_captions(d):
     """The condition is one of train_toy.CONDITIONS."""
-    images = [torch.empty(len(d.scenes), 0)]
+    images = []
     for _ in range(max(1, d.setting.n)):
         text = d.artist.encode_text([c for c in d.captions for _ in range(d.setting.rerank)])
         d.z_i = train_toy.embedding(d.artist, d.setting.condition, text, d.true, d.generator)
         if d.setting.n:
             x = d.artist.sample_decoder(d.z_i, text, generator=d.generator)
             images.append(d.artist.rerank(x, d.captions, 1) if d.setting.rerank > 1 else x)
-    d.images = torch.stack(images[1:], 1) if d.setting.n else images[0]
+    return torch.stack(images, 1) if images else torch.empty(len(d.scenes), 0)
 
 
 def draw_image(d):
     """From the bipartite latents of true images: varied, edited, or of few components.   Sec. 3"""
-    d.z_i, x_T = clip.unit(d.model.encode_image(d.true)), None
+    d.z_i = clip.unit(d.model.encode_image(d.true))
     if d.setting.components is None:
         x_T = d.artist.latent(d.true, STEPS)[1]
     else:
         mean, basis = components(d.model, 100 * len(d.scenes))
         basis = basis[:, :d.setting.components]
         d.z_i = clip.unit(mean + (d.z_i - mean) @ basis @ basis.T)
-        size = d.artist.config.decoder.unet.size
-        x_T = diffusion.noise_like(torch.empty(len(d.z_i), 3, size, size), d.generator)
+        x_T = diffusion.noise_like(torch.empty(len(d.z_i), 3, d.size, d.size), d.generator)
+
+    # not UnCLIP.difference, which refuses captions that CLIP has not learnt to tell apart
     if d.setting.edit:
-        # not UnCLIP.difference, which refuses captions that CLIP has not learnt to tell apart
         z_t0, z_t = (clip.unit(d.artist.encode_text(texts).z_t)
                      for texts in (d.captions, [caption(target) for target in d.targets]))
-        z_d = clip.unit(z_t - z_t0)
-        d.z_i = unclip.slerp(d.z_i, z_d, d.setting.strength)
-    d.images = torch.stack([decode(d, d.z_i, x_T) for _ in range(d.setting.n)], 1)
+        d.z_i = unclip.slerp(d.z_i, clip.unit(z_t - z_t0), d.setting.strength)
+    return torch.stack([decode(d, d.z_i, x_T) for _ in range(d.setting.n)], 1)
 
 
 def draw_path(d):
@@ -167,7 +159,7 @@ def draw_path(d):
         z, x = (unclip.slerp(a[:-1:2].flatten(1), a[1::2].flatten(1), fraction)
                 for a in (z_i, x_T))
         images.append(decode(d, z, x.view(-1, *x_T.shape[1:])))
-    d.images = torch.stack(images, 1)                                      # (B / 2, n, 3, h, h)
+    return torch.stack(images, 1)                                          # (B / 2, n, 3, h, h)
 
 
 def decode(d, z_i, x_T):
@@ -186,34 +178,28 @@ def draw_ascent(d):
         z_i = clip.unit(d.model.part("clip").encode_image(x.clamp(-1, 1)))
         x.grad, = torch.autograd.grad(-(z_i * z_t).sum(), x)
         optimizer.step()
-    d.images = x.detach().clamp(-1, 1)[:, None]
-
-
-def draw_true(d):
-    d.images = render_many(d.scenes, d.size)[:, None]
+    return x.detach().clamp(-1, 1)[:, None]
 
 
 def draw_nearest(d):
     """In place of each drawn image the training image that CLIP finds nearest to it."""
-    draw_captions(d)
-    scenes, z = training_set(d.model, 300 * len(d.scenes))
-    nearest = clip.unit(d.model.encode_image(d.images.flatten(0, 1))) @ z.T
-    d.images = render_many([scenes[i] for i in nearest.argmax(1)], d.size)[:, None]
+    z_i = clip.unit(d.model.encode_image(draw_captions(d).flatten(0, 1)))
+    scenes, z = training_set(d.model, GROUPS * len(d.scenes))
+    return render_many([scenes[i] for i in (z_i @ z.T).argmax(1)], d.size)[:, None]
 
 
 DRAW = {"image": draw_image, "interpolation": draw_path, "gradient ascent on CLIP": draw_ascent,
-        "true image": draw_true, "nearest training image": draw_nearest}
+        "true image": lambda d: render_many(d.scenes, d.size)[:, None],
+        "nearest training image": draw_nearest}
 
 # ---------------------------------------------------------------- scenes and words
 
 
-def some_scenes(seed, n, keep=None, **options):
+def some_scenes(seed, n, keep=lambda scene: True, **options):
     """n scenes that were not trained on, their sizes stated; options: random_scene's."""
-    rng, scenes = random.Random(1000 + seed), []
-    while len(scenes) < n:
-        scene = train_toy.random_scene(rng, **({"split_of": "test", "unstated": 0.0} | options))
-        scenes += [scene] if keep is None or keep(scene) else []
-    return scenes
+    rng, options = random.Random(1000 + seed), {"split_of": "test", "unstated": 0.0} | options
+    scenes = (train_toy.random_scene(rng, **options) for _ in itertools.count())
+    return list(itertools.islice(filter(keep, scenes), n))
 
 
 def alike(scene):
@@ -241,7 +227,7 @@ def three(scenes, i):
 
 
 NEW = dict(zip(train_toy.COLOURS, "scarlet amber golden emerald turquoise navy violet jet".split()))
-WORDINGS = {
+WORDINGS = {                                      # (scenes, i) -> caption, the scene it states
     "as trained": lambda scenes, i: (caption(scenes[i]), stated(scenes[i])),
     "rephrased": reworded(lambda o: f"a {o.shape} that is {o.colour} and {o.size}"),
     "partial": lambda scenes, i: (f"something {scenes[i].objects[0].colour}",
@@ -284,21 +270,16 @@ def fits(target, seen):
         for order in itertools.permutations(seen.objects))
 
 
-def attributes(scene):
+def attribute(scene, name):
     scene = scene.canonical()
-    return {"number": len(scene.objects), "relation": scene.relation,
-            **{name: tuple(getattr(o, name) for o in scene.objects)
-               for name in ("colour", "shape", "size")}}
+    more = {"number": len(scene.objects), "relation": scene.relation}
+    return more[name] if name in more else tuple(getattr(o, name) for o in scene.objects)
 
 
-def right(*names):
-    """-> the measure: in how many images these attributes are right."""
-    return lambda d: mean([all(attributes(a)[name] == attributes(b)[name] for name in names)
-                           for a, b in d.pairs])
-
-
-def rest_kept(d):
-    return right(*({"colour", "shape", "size"} - {d.setting.edit}))(d)
+def right(d, *names):
+    """In how many images these attributes are right."""
+    return mean([all(attribute(a, name) == attribute(b, name) for name in names)
+                 for a, b in d.pairs])
 
 
 def differ(a, b):
@@ -312,10 +293,10 @@ def differ(a, b):
 def switch_once(d):
     """How many of the attributes in which the ends differ change exactly once on the way."""
     once = []
-    for ends, row in zip(d.scenes, d.seen):
+    for (a, b), row in zip(d.scenes, d.seen):
         for name in ("colour", "shape", "size"):
-            (first, last), n = (attributes(end)[name] for end in ends), len(row)
-            way = [attributes(scene)[name] for scene in row]
+            first, last = attribute(a, name), attribute(b, name)
+            way, n = [attribute(scene, name) for scene in row], len(row)
             if first != last:
                 once.append(any(way == [first] * i + [last] * (n - i) for i in range(1, n)))
     return mean(once)
@@ -355,13 +336,16 @@ COUNTED = {                                       # fractions, printed in %
     "accuracy": lambda d: mean([fits(a, b) for a, b in d.pairs]),
     "differ": lambda d: mean([differ(*row) for row in d.seen]),
     "swapped": lambda d: mean([train_toy.agrees(train_toy.swaps(a)[1], b) for a, b in d.pairs]),
-    "reached": lambda d: right(d.setting.edit)(d), "rest kept": rest_kept,
+    "reached": lambda d: right(d, d.setting.edit),
+    "rest kept": lambda d: right(d, *({"colour", "shape", "size"} - {d.setting.edit})),
     "ends": lambda d: mean([fits(stated(end), x) for ends, row in zip(d.scenes, d.seen)
                             for end, x in zip(ends, (row[0], row[-1]))]),
     "switch once": switch_once,
-    **{name: right(name) for name in ("number", "relation", "colour", "shape", "size")}}
-MEASURED = {
-    "diversity": diversity, "PSNR": psnr, "Frechet distance": lambda d: frechet(d, d.z),
+    **{name: functools.partial(lambda name, d: right(d, name), name)
+       for name in ("number", "relation", "colour", "shape", "size")}}
+MEASURES = COUNTED | {
+    "diversity": diversity, "PSNR": psnr, "MFLOP": mflop,
+    "Frechet distance": lambda d: frechet(d, d.z),
     "Frechet distance of z_i": lambda d: frechet(d, d.z_i),
     "IoU": lambda d: mean([iou for row, seen in zip(d.images, d.seen) for x, s in zip(row, seen)
                            for iou, _ in train_toy.outline(x, s)]),
@@ -369,9 +353,7 @@ MEASURED = {
     "cos(z_i, true z_i)": lambda d: cosine(d.z_i, d.model.encode_image(d.true)),
     "cos(z_i, z_t)": lambda d: cosine(d.z_i, d.model.encode_text(d.captions).z_t),
     "cos(nearest training image)": lambda d: (
-        d.z @ training_set(d.model, 300 * len(d.scenes))[1].T).amax(1).mean(),
-    "MFLOP": mflop}
-MEASURES = COUNTED | MEASURED
+        d.z @ training_set(d.model, GROUPS * len(d.scenes))[1].T).amax(1).mean()}
 
 # ---------------------------------------------------------------- findings: what is varied
 
@@ -393,6 +375,11 @@ class Finding:
         return {f"{series} {x}".strip(): setting for series, settings in self.settings.items()
                 for x, setting in settings.items()}
 
+    def sentence(self, numbers):
+        said = self.said or (self.rows() if self.words else ())
+        parts = [f"{label}: {in_words(numbers, label, self.words)}" for label in said]
+        return "; ".join(filter(None, [*parts, self.more(numbers)]))
+
 
 def vary(name, values, **others):
     """-> {value: Setting}"""
@@ -406,14 +393,14 @@ def sampled(name, values, **others):
 
 def components_needed(numbers):
     """How many components win 80 % of what all win over none, which is a guess."""
-    ks, needed = FINDINGS["pca"].settings["k ="], {}
+    ks, needed = list(FINDINGS["pca"].settings["k ="]), {}
     for name in ("number", "colour", "relation", "size", "shape"):
         guess, *shares = (numbers[f"k = {k}: {name}"][0] for k in ks)
-        enough = [k for k, share in zip(list(ks)[1:], shares)
+        enough = [k for k, share in zip(ks[1:], shares)
                   if share - guess >= 0.8 * (shares[-1] - guess)]
-        needed[name] = min([*enough, 64])
+        needed[name] = min([*enough, ks[-1]])
     return "components that win 80 % of what all 64 win over a guess: " + ", ".join(
-        f"{name} {k}" for name, k in sorted(needed.items(), key=lambda pair: pair[1]))
+        f"{name} {needed[name]}" for name in sorted(needed, key=needed.get))
 
 
 def diversity_kept(numbers):
@@ -424,8 +411,10 @@ def diversity_kept(numbers):
 
 
 ONE, PRIORS = {"two": False, "split_of": "train"}, ("diffusion prior", "AR prior")
+BOTH = {"n": 2, "measures": ("accuracy", "diversity")}
 SHARP = {"condition": "true image embedding", "measures": ("accuracy", "Frechet distance")}
-NO_IMAGES = {"n": 0, "measures": ("Frechet distance of z_i",)}
+SAMPLERS = {"learned": {}, "fixed small": {"variance": "small"},
+            "fixed large": {"variance": "large"}, "DDIM": {"variance": "small", "eta": 0.0}}
 FINDINGS = {
     "variations": Finding(
         "Fig. 3", "Variations: z_i stays, DDIM with eta forgets x_T",
@@ -457,8 +446,7 @@ FINDINGS = {
         curves=True),
     "guidance": Finding(
         "Fig. 9-11", "Guidance, with a prior and with the caption alone",
-        {way: sampled("guidance", (1.0, 2.0, 3.0, 5.0), condition=way, n=2,
-                      measures=("accuracy", "diversity"))
+        {way: sampled("guidance", (1.0, 2.0, 3.0, 5.0), condition=way, **BOTH)
          for way in ("diffusion prior", "caption alone")}, more=diversity_kept, curves=True),
     "priors_cost": Finding(
         "Table 1", "What one embedding costs",
@@ -472,15 +460,12 @@ FINDINGS = {
         scenes={"two": True, "keep": alike}),
     "samplers": Finding(
         "Sec. 2.2, app. C", "Samplers and their steps: of the decoder, and of the prior (z_i)",
-        {**{name: {k: Setting(sampling={"decoder_steps": k}, sampler=how, **SHARP)
-                   for k in (5, 10, 25, 50)} for name, how in {
-            "learned": {}, "fixed small": {"variance": "small"}, "fixed large": {
-                "variance": "large"}, "DDIM": {"variance": "small", "eta": 0.0}}.items()},
-         "prior, analytic": sampled("prior_steps", (5, 10, 25, 50), **NO_IMAGES),
-         "prior, fixed small": sampled("prior_steps", (5, 10, 25, 50), **NO_IMAGES,
-                                       sampler={"variance": "small"})},
-        "[accuracy]", tuple(f"{name} {k}" for name in (
-            "learned", "fixed small", "fixed large", "DDIM") for k in (10, 50)), curves=True),
+        {**{name: sampled("decoder_steps", (5, 10, 25, 50), sampler=how, **SHARP)
+            for name, how in SAMPLERS.items()},
+         **{name: sampled("prior_steps", (5, 10, 25, 50), sampler=how, n=0,
+                          measures=("Frechet distance of z_i",)) for name, how in {
+             "prior, analytic": {}, "prior, fixed small": {"variance": "small"}}.items()}},
+        "[accuracy]", tuple(f"{name} {k}" for name in SAMPLERS for k in (10, 50)), curves=True),
     "clip_guided": Finding(
         "Sec. 6", "Gradient ascent on CLIP's similarity, and unCLIP",
         {"": vary("condition", ("gradient ascent on CLIP", "diffusion prior"),
@@ -494,41 +479,64 @@ FINDINGS = {
         {"": vary("condition", ("true image", "diffusion prior", "nearest training image"),
                   measures=("cos(nearest training image)",))},
         "cosine to the nearest training image [cos(nearest training image)]",
-        ("true image", "diffusion prior")),
-}
+        ("true image", "diffusion prior"))}
 
 
-class Numbers(dict):
-    """{"setting: measure": (mean, standard deviation or None)}"""
-
-    def text(self, label, words):
-        """The words with each [measure] replaced by its number."""
-        def number(match):
-            value, spread = self[f"{label}: {match[1]}"]
-            if match[1] in COUNTED:
-                return f"{100 * value:.0f}{'' if spread is None else f' ± {100 * spread:.0f}'} %"
-            return f"{value:.3g}" + ("" if spread is None else f" ± {spread:.2g}")
-        return re.sub(r"\[(.+?)\]", number, words)
+def experiment(settings, words="[accuracy] right"):
+    return Finding("", "", {"": settings}, words, n=32)
 
 
+SPREAD = "[accuracy] right and diversity [diversity]"
+EXPERIMENTS = {
+    "guidance": experiment(sampled("guidance", (0.0, 1.0, 2.0, 5.0), **BOTH), SPREAD),
+    "decoder_steps": experiment(sampled("decoder_steps", (2, 5, 12, 50))),
+    "prior_steps": experiment(sampled("prior_steps", (1, 4, 16, 64))),
+    "other_prior": experiment(vary("condition", PRIORS, **BOTH), SPREAD),
+    "candidates": experiment(sampled("candidates", (1, 2, 8))),
+    "rerank": experiment(vary("rerank", (1, 2, 4))),
+    "prior_guidance": experiment(sampled("prior_guidance", (1.0, 2.0, 4.0))),
+    "no_prior": experiment(vary("condition", ("diffusion prior", "text embedding in its place",
+                                              "caption alone"))),
+    "enlarging": experiment(
+        {"bicubic": Setting("true image", upsample="bicubic", measures=("PSNR",)),
+         **sampled("upsampler_steps", ((1, 1), (2, 2), (10, 4)), condition="true image",
+                   upsample="network", measures=("PSNR",))}, "[PSNR] dB"),
+    "a_planted_bug": experiment({"ours": Setting(**BOTH), "with the bug": Setting(
+        bug="variance_times_noise", **BOTH)}, SPREAD)}
+GALLERY = ("a small red circle above a large blue square", "a large orange square",
+           "a large cyan circle left of a small purple cross",
+           "a small yellow circle below a large black cross",
+           "a large green square right of a small orange triangle", "a small blue triangle")
+
+# ---------------------------------------------------------------- numbers, figures and tables
+
+
+@torch.no_grad()
 def measure(models, finding, seeds, n=None, baseline=None):
-    """Every setting of a finding, scored on each seed (in turn by one of the models) -> Numbers."""
-    numbers = Numbers()
+    """Every setting of a finding, on each seed (in turn by one of the models).
+
+    -> {"setting: measure": (mean, standard deviation or, of one seed, None)}
+    """
+    numbers = {}
     for label, setting in finding.rows().items():
-        runs = [score(models[seed % len(models)],
-                      some_scenes(seed, n or finding.n, **finding.scenes), setting, seed, baseline)
+        runs = [draw(models[seed % len(models)],
+                     some_scenes(seed, n or finding.n, **finding.scenes), setting, seed, baseline)
                 for seed in range(seeds)]
         for name in setting.measures:
-            values = [run[name] for run in runs]
+            values = [float(MEASURES[name](run)) for run in runs]
             deviation = float(np.std(values, ddof=1)) if seeds > 1 else None
             numbers[f"{label}: {name}"] = float(np.mean(values)), deviation
     return numbers
 
 
-def sentence(finding, numbers):
-    said = finding.said or (finding.rows() if finding.words else ())
-    parts = [f"{label}: {numbers.text(label, finding.words)}" for label in said]
-    return "; ".join(filter(None, [*parts, finding.more(numbers)]))
+def in_words(numbers, label, words):
+    """The words with each [measure] replaced by its number."""
+    def number(match):
+        value, spread = numbers[f"{label}: {match[1]}"]
+        if match[1] in COUNTED:
+            return f"{100 * value:.0f}{'' if spread is None else f' ± {100 * spread:.0f}'} %"
+        return f"{value:.3g}" + ("" if spread is None else f" ± {spread:.2g}")
+    return re.sub(r"\[(.+?)\]", number, words)
 
 
 def draw_curves(path, finding, numbers):
@@ -581,45 +589,31 @@ def finding_grid(path, model, finding, baseline=None):
     draw_grid(path, rows, columns, finding.title)
 
 
-def figures(args):
-    """Draw and measure the paper's findings at toy scale: OUT/NAME.png, OUT/findings.json."""
-    def draw_figure(name, numbers, model, baseline):
-        path, finding = args.out / f"{name}.png", FINDINGS[name]
-        if finding.curves:
-            draw_curves(path, finding, numbers)
-        else:
-            finding_grid(path, model, finding, baseline)
-
-    found = measure_table(args, FINDINGS, "findings.json", args.seeds, "sentence", draw_figure)
-    print(table({"finding": None, "paper": "paper", "here": "sentence"}, found))
-
-
-def experiments(args):
-    """Measure the "change one thing" experiments on one seed: OUT/experiments.json."""
-    found = measure_table(args, EXPERIMENTS, "experiments.json", 1, "answer")
-    print(table({"experiment": None, "answer": "answer"}, found))
-
-
-def measure_table(args, rows, file, seeds, key, draw_figure=None):
-    """Measure the findings in args.only, or all -> what OUT/file then holds."""
-    model, file = unclip.load(args.weights), args.out / file
+def measure_table(args):
+    """Measure the rows of a table: OUT/findings.json with OUT/NAME.png, or OUT/experiments.json."""
+    figures, rows = args.command == "figures", COMMANDS[args.command][1]
+    key, file = ("sentence", "findings.json") if figures else ("answer", "experiments.json")
     args.out.mkdir(parents=True, exist_ok=True)
+    model, file = unclip.load(args.weights), args.out / file
     baseline = unclip.load(args.baseline) if args.baseline else None
     if baseline is None:
         print('Without a --baseline "caption alone" is the same decoder with z_i = 0.')
+
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for name in args.only or rows:
-        start = time.process_time()
-        numbers = measure([model], rows[name], seeds, args.scenes, baseline)
-        if draw_figure:
-            draw_figure(name, numbers, model, baseline)
-        found[name] = {"paper": rows[name].paper, key: sentence(rows[name], numbers),
+        start, finding, picture = time.process_time(), rows[name], args.out / f"{name}.png"
+        numbers = measure([model], finding, args.seeds, args.scenes, baseline)
+        if finding.curves:
+            draw_curves(picture, finding, numbers)
+        elif figures:
+            finding_grid(picture, model, finding, baseline)
+        found[name] = {"paper": finding.paper, key: finding.sentence(numbers),
                        "numbers": numbers, "date": time.strftime("%Y-%m-%d"),
                        "seconds of one core": round(time.process_time() - start),
                        "machine": f"{platform.machine()}, torch {torch.__version__}"}
         print(f"{name}: {found[name][key]}", flush=True)
         write_json(file, found)
-    return found
+    print_table({"name": None, "paper": "paper", "here": key}, found)
 
 
 def write_json(path, content):
@@ -627,44 +621,12 @@ def write_json(path, content):
     unclip.write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def table(columns, found):
-    """{heading: key of found's rows; None: their name} -> a table in Markdown."""
-    lines = [list(columns), ["---"] * len(columns)]
-    lines += [[name.replace("_", " ") if key is None else str(row[key]) for key in columns.values()]
-              for name, row in found.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-# ---------------------------------------------------------------- experiments, gallery
-
-
-def experiment(settings, words="[accuracy] right", **others):
-    return Finding("", "", {"": settings}, words, n=32, **others)
-
-
-BOTH, SPREAD = {"n": 2, "measures": ("accuracy", "diversity")}, \
-    "[accuracy] right and diversity [diversity]"
-EXPERIMENTS = {
-    "guidance": experiment(sampled("guidance", (0.0, 1.0, 2.0, 5.0), **BOTH), SPREAD),
-    "decoder_steps": experiment(sampled("decoder_steps", (2, 5, 12, 50))),
-    "prior_steps": experiment(sampled("prior_steps", (1, 4, 16, 64))),
-    "other_prior": experiment(vary("condition", PRIORS, **BOTH), SPREAD),
-    "candidates": experiment(sampled("candidates", (1, 2, 8))),
-    "rerank": experiment(vary("rerank", (1, 2, 4))),
-    "prior_guidance": experiment(sampled("prior_guidance", (1.0, 2.0, 4.0))),
-    "no_prior": experiment(vary("condition", ("diffusion prior", "text embedding in its place",
-                                              "caption alone"))),
-    "enlarging": experiment(
-        {"bicubic": Setting("true image", upsample="bicubic", measures=("PSNR",)),
-         **sampled("upsampler_steps", ((1, 1), (2, 2), (10, 4)), condition="true image",
-                   upsample="network", measures=("PSNR",))}, "[PSNR] dB"),
-    "a_planted_bug": experiment({"ours": Setting(**BOTH), "with the bug": Setting(
-        bug="variance_times_noise", **BOTH)}, SPREAD),
-}
-GALLERY = ("a small red circle above a large blue square", "a large orange square",
-           "a large cyan circle left of a small purple cross",
-           "a small yellow circle below a large black cross",
-           "a large green square right of a small orange triangle", "a small blue triangle")
+def print_table(columns, found):
+    """{heading: key of found's rows; None: their name}, in Markdown."""
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for name, row in found.items():
+        cells = [name.replace("_", " ") if k is None else str(row[k]) for k in columns.values()]
+        print("| " + " | ".join(cells) + " |")
 
 
 def gallery(args):
@@ -674,6 +636,7 @@ def gallery(args):
     args.out.mkdir(parents=True, exist_ok=True)
     draw_grid(args.out / "gallery.png", {"": images}, GALLERY, "", inches=2.0)
     print("the parser reads: " + "; ".join(caption(train_toy.read(x)) for x in images))
+
 
 # ---------------------------------------------------------------- bounds of the losses (Bayes)
 
@@ -703,20 +666,6 @@ def best_errors(alphabar, worlds, t):
     return error(worlds, worlds), torch.minimum(error(new, known), linear)
 
 
-def loss_bounds(part, recipe, worlds, dropped):
-    """Bounds of a part's loss, if a fraction `dropped` of its rows has no condition: [low, high]"""
-    ab, times = part.alphabar, train_toy.draw_timesteps(recipe, part.config.T, 16)
-    times = torch.linspace(1, part.config.T, 16).long() if times is None else times
-    from_x0 = {"x0": torch.ones_like(ab), "v": 1 / (1 - ab), "eps": ab / (1 - ab)}
-    anything = worlds[:, ::max(1, worlds.numel() // 2 ** 19)].flatten(0, 1)
-    anything = anything[torch.randperm(len(anything))][None]               # (1, N, D)
-
-    told, untold = (torch.tensor([best_errors(ab, w, int(t)) for t in times])
-                    for w in (worlds, anything))                           # (16, 2)
-    weight = from_x0[part.config.predicts][times, None]
-    return (weight * ((1 - dropped) * told + dropped * untold)).mean(0).tolist()
-
-
 @torch.no_grad()
 def bounds(args):
     """Print between which numbers the lowest possible losses of the toy's diffusion parts lie."""
@@ -726,9 +675,21 @@ def bounds(args):
               for scene in some_scenes(0, n, split_of="train") for _ in range(32)]
     x = render_many(scenes, model.config.decoder.unet.size).flatten(1)
     z = model.parts["diffusion_prior"].scale(model.encode_image(render_many(scenes, 64))).cpu()
+
     for name, data, dropped in (("diffusion_prior", z, 0.1), ("decoder", x, 0.05)):
-        low, high = loss_bounds(model.parts[name], train_toy.TOY[name],
-                                data.unflatten(0, (-1, 32)), dropped)
+        part = model.parts[name]
+        times = train_toy.draw_timesteps(train_toy.TOY[name], part.config.T, 16)
+        times = torch.linspace(1, part.config.T, 16).long() if times is None else times
+
+        # a fraction `dropped` of the rows has no condition: for them anything is possible
+        told, ab = data.unflatten(0, (-1, 32)), part.alphabar              # (n, 32, D)
+        untold = data[::max(1, data.numel() // 2 ** 19)]
+        untold = untold[torch.randperm(len(untold))][None]                 # (1, N, D)
+        with_it, without = (torch.tensor([best_errors(ab, w, int(t)) for t in times])
+                            for w in (told, untold))                       # (16, 2)
+        from_x0 = {"x0": torch.ones_like(ab), "v": 1 / (1 - ab), "eps": ab / (1 - ab)}
+        weight = from_x0[part.config.predicts][times, None]
+        low, high = (weight * ((1 - dropped) * with_it + dropped * without)).mean(0)
         print(f"{name}: between {low:.3f} and {high:.3f}")
     print("The decoder's are without the variational bound, for a z_i that holds what captions do.")
 
@@ -739,7 +700,7 @@ def bounds(args):
 @dataclass
 class Trick:
     """A training trick left out. `parts` are trained anew, the others are those with all tricks."""
-    parts: tuple
+    parts: tuple = ()
     recipe: dict = field(default_factory=dict)    # changes of these parts' recipes
     predicts: str = ""                            # what these parts predict
     changes: dict = field(default_factory=dict)   # {"module.function": another one}
@@ -766,19 +727,17 @@ TRICKS = {
     # no trick: a decoder trained on captions alone, whose checkpoint can be the --baseline
     "z_i": Trick(("decoder",), condition="caption alone", changes={
         "decoder.Decoder.loss": lambda self, x0, z_i, text, t=None: LOSS(
-            self, x0, torch.zeros_like(z_i), text, t)}),
-}
+            self, x0, torch.zeros_like(z_i), text, t)})}
 
 
 def train_without(name, seed, args):
     """One run, which goes on where it stopped -> UnCLIP. "nothing": with all tricks."""
-    trick, out = TRICKS.get(name, Trick(())), args.out / f"{name}-{seed}"
+    trick, out = TRICKS.get(name, Trick()), args.out / f"{name}-{seed}"
     recipes, config = dict(train_toy.TOY), copy.deepcopy(unclip.PRESETS["toy"])
     for part in trick.parts:
         recipes[part] = replace(recipes[part], **trick.recipe)
-        own = getattr(config, part)
         if trick.predicts:
-            own.predicts = trick.predicts
+            getattr(config, part).predicts = trick.predicts
 
     presets = {"train_toy.RECIPES": {"toy": recipes}, "unclip.PRESETS": {"toy": config}}
     with patched(trick.changes | presets):
@@ -809,61 +768,58 @@ def lines_of(code):
 
 def ablate(args):
     """Train without each trick, over some seeds: a table, OUT/ablation.json and checkpoints."""
-    found = {}
+    found, sets = {}, {"two objects": {"two": True}, "held out": {"split_of": "held-out"}}
     for name in ["nothing", *(args.only or TRICKS)]:
         models = [train_without(name, seed, args) for seed in range(args.seeds)]
-        trick = TRICKS.get(name, Trick(()))
+        trick = TRICKS.get(name, Trick())
         setting = Setting(trick.condition, upsample="network", measures=("accuracy", "IoU"))
         found[name] = {"trained anew": ", ".join(trick.parts),
                        "lines of code": lines_of(trick.code)}
-        for row, scenes in (("two objects", {"two": True}), ("held out", {"split_of": "held-out"})):
+        for row, scenes in sets.items():
             finding = Finding("", "", {"": {row: setting}}, scenes=scenes, n=100)
             numbers = measure(models, finding, args.seeds, args.scenes)
-            found[name] |= {f"{row}: {key}": numbers.text(row, f"[{key}]")
+            found[name] |= {f"{row}: {key}": in_words(numbers, row, f"[{key}]")
                             for key in setting.measures}
         write_json(args.out / "ablation.json", found)
-    print(table({"without": None, **{key: key for key in found["nothing"]}}, found))
+    print_table({"without": None, **{key: key for key in found["nothing"]}}, found)
 
 
 # ---------------------------------------------------------------- command line
 
-OPTIONS = {
-    "--scenes": {"type": unclip.number(2, 10 ** 6), "metavar": "N",
-                 "help": "for each seed (default: as the table has it; few make it quick)"},
-    "--out": {"type": Path, "help": "the folder to write into"},
-    "--seeds": {"type": unclip.positive, "metavar": "N", "help": "runs of each setting"},
-    "--weights": {"default": unclip.HERE / "weights/toy.pt", "metavar": "PATH", "help":
-                  "a checkpoint"},
-    "--baseline": {"metavar": "PATH", "help": "a checkpoint trained on captions alone"},
-    "--device": {"default": "cpu", "help": "cpu, cuda, mps"},
-    "--seed": {"type": unclip.seed, "default": 0, "metavar": "N", "help": "of all randomness"},
-    "--groups": {"type": unclip.positive, "default": 6000, "metavar": "N", "help":
-                 "groups of scenes to train on"},
-    "--steps-scale": {"type": unclip.finite, "default": 1.0, "metavar": "X", "help":
-                      "all training steps times X"}}
-# command: function, table, options, their defaults
-COMMANDS = {
-    "figures": (figures, FINDINGS, "--scenes --seeds --out --weights --baseline", {"seeds": 3}),
-    "experiments": (experiments, EXPERIMENTS, "--scenes --out --weights --baseline", {}),
-    "gallery": (gallery, {}, "--seed --out --weights --device", {}),
-    "bounds": (bounds, {}, "--scenes --weights", {}),
+OPTIONS = {                                       # type, default, help
+    "--scenes": (unclip.number(2, 10 ** 6), None, "of each seed; few make it quick"),
+    "--out": (Path, unclip.HERE / "pictures", "the folder to write into"),
+    "--seeds": (unclip.positive, 1, "runs of each setting"),
+    "--weights": (Path, unclip.HERE / "weights/toy.pt", "a checkpoint"),
+    "--baseline": (Path, None, "a checkpoint trained on captions alone"),
+    "--device": (str, "cpu", "cpu, cuda, mps"),
+    "--seed": (unclip.seed, 0, "of all randomness"),
+    "--groups": (unclip.positive, 6000, "groups of scenes to train on"),
+    "--steps-scale": (unclip.finite, 1.0, "all training steps times this")}
+COMMANDS = {                                      # function, table, options, their defaults
+    "figures": (measure_table, FINDINGS, "--scenes --seeds --out --weights --baseline",
+                {"seeds": 3}),
+    "experiments": (measure_table, EXPERIMENTS, "--scenes --out --weights --baseline",
+                    {"seeds": 1}),
+    "gallery": (gallery, (), "--seed --out --weights --device", {}),
+    "bounds": (bounds, (), "--scenes --weights", {}),
     "ablate": (ablate, TRICKS, "--scenes --seeds --out --groups --steps-scale",
-               {"seeds": 2, "out": Path("runs/ablation")}),
-}
+               {"seeds": 2, "out": Path("runs/ablation")})}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser("findings.py", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command, (work, names, options, defaults) in COMMANDS.items():
         sub = commands.add_parser(command, help=work.__doc__.split("\n")[0], allow_abbrev=False,
                                   formatter_class=unclip.HelpFormatter)
         for option in options.split():
-            sub.add_argument(option, **OPTIONS[option])
+            kind, default, words = OPTIONS[option]
+            sub.add_argument(option, type=kind, default=default, help=words)
         if names:
             sub.add_argument("--only", nargs="+", choices=names, metavar="NAME",
                              help=", ".join(names))
-        sub.set_defaults(work=work, **{"out": unclip.HERE / "pictures"} | defaults)
+        sub.set_defaults(work=work, **defaults)
     args = parser.parse_args(argv)
     unclip.stop_on_error(args.work, args)
 

@@ -14,7 +14,8 @@ import train_toy
 import unclip
 from findings import Setting
 
-QUICK = {"priors_cost", "binding", "clip_guided"}
+QUICK = {"priors_cost", "binding", "clip_guided"}                      # also with fresh weights
+
 
 
 @pytest.fixture
@@ -25,21 +26,24 @@ def scenes():
 @pytest.fixture(params=["committed", "fresh"])
 def weights(request, toy, tmp_path, monkeypatch):
     """The committed weights, or some that have learnt nothing."""
+    setting, fewer = unclip.UnCLIP.setting, {"decoder_steps": 2, "prior_steps": 2}
+    monkeypatch.setattr(unclip.UnCLIP, "setting", lambda self, name, given: fewer.get(
+        name, setting(self, name, given)))
     monkeypatch.setattr(findings, "STEPS", 2)
+    monkeypatch.setattr(findings, "GROUPS", 5)
+    findings.training_set.cache_clear()
     model = toy
     if request.param == "fresh":
         model = unclip.build("toy")
         model.tokenizer, model.words = toy.tokenizer, toy.words
-    model = copy.copy(model)
-    model.config = replace(model.config, sampling=replace(model.config.sampling, decoder_steps=2))
     model.save(tmp_path / "weights.pt")
     return tmp_path / "weights.pt"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.long)
-    for name in findings.FINDINGS])
+@pytest.mark.parametrize("name, weights", [
+    pytest.param(name, kind, marks=() if kind == "committed" or name in QUICK else pytest.mark.long)
+    for name in findings.FINDINGS for kind in ("committed", "fresh")], indirect=["weights"])
 def test_every_finding_draws_a_figure_and_gives_numbers_even_if_nothing_was_learnt(
         name, weights, tmp_path, capsys):
     findings.main(["figures", "--only", name, "--scenes", "2", "--seeds", "2", "--weights",
@@ -114,7 +118,8 @@ def test_rows_of_a_figure_are_settings_and_columns_scenes(tmp_path, monkeypatch)
 
 
 def test_the_numbers_are_mean_and_deviation_over_the_seeds(monkeypatch):
-    monkeypatch.setattr(findings, "score", lambda m, s, t, seed, b: {"accuracy": [1, 2, 6][seed]})
+    monkeypatch.setattr(findings, "draw", lambda model, scenes, setting, seed, baseline: seed)
+    monkeypatch.setitem(findings.MEASURES, "accuracy", lambda seed: [1, 2, 6][seed])
     numbers = findings.measure([None], findings.Finding("", "", {"": {"x": Setting()}}), 3, 2)
     assert numbers["x: accuracy"] == pytest.approx((3.0, 7 ** 0.5))        # (4 + 1 + 9) / 2
 
