@@ -501,21 +501,9 @@ def read_checkpoint(path, kind=FORMAT):
                          f"({type(error).__name__}); train or download it again") from None
 
     found = content.get("format") if isinstance(content, dict) else None
-    if (kind, found) == (FORMAT, "unclip 1"):
-        return from_first_edition(content)
     if found != kind:
         raise ValueError(f"{path} holds no {kind!r}; make one with train_toy.py")
     return content
-
-
-def from_first_edition(content):
-    """The first edition's toy in today's format. DELETE when weights/toy.pt is retrained."""
-    config, old, weights = asdict(toy()), content["config"], content["weights"]
-    for name in PARTS:
-        config[name] |= {k: old[name][k] for k in {"vocab_size", "components"} & set(old[name])}
-    del weights["diffusion_prior"]["mean"], weights["diffusion_prior"]["std"]
-    return content | {"format": FORMAT, "config": config,
-                      "classes": {name: kind.__name__ for name, kind in PARTS.items()}}
 
 
 def write_atomically(path, write):
