@@ -105,7 +105,7 @@ def test_the_stages_draw_in_the_documented_order(stack, monkeypatch):
     sizes, randn = [], torch.randn
 
     def counting(*shape, **options):
-        sizes.append(shape)
+        sizes.append(tuple(torch.empty(*shape, device="meta").shape))     # sizes, or one tuple
         return randn(*shape, **options)
 
     monkeypatch.setattr(torch, "randn", counting)
