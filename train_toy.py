@@ -851,17 +851,6 @@ def psnr(a, b):
     return float(10 * (4 / (a - b).square().mean()).log10())
 
 
-def frechet(a, b):
-    """Frechet distance of embeddings (N, D), (M, D) taken as Gaussians, the F of FID:
-    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))"""
-    a, b = a.cpu().double(), b.cpu().double()
-    power, basis = torch.linalg.eigh(a.T.cov())
-    root = basis * power.clamp(min=0).sqrt() @ basis.T                    # cov_a^(1/2)
-    cross = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
-    spread_out = a.T.cov().trace() + b.T.cov().trace()
-    return float((a.mean(0) - b.mean(0)).square().sum() + spread_out - 2 * cross)
-
-
 # ---------------------------------------------------------------- the toy world: scenes, captions
 
 SHAPES = ("circle", "square", "triangle", "cross")

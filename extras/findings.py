@@ -310,10 +310,21 @@ def diversity(d):
     return (d.images[:, 0] - d.images[:, 1]).square().mean() / (a - b).square().mean()
 
 
-def frechet(d, z):
-    """To ten times as many true images of other scenes."""
+def to_true_images(d, z):
+    """The Frechet distance of z to ten times as many true images of other scenes."""
     true = render_many(some_scenes(50 + d.seed, 10 * len(d.scenes)), 64)
-    return train_toy.frechet(z, clip.unit(d.model.encode_image(true)))
+    return frechet(z, clip.unit(d.model.encode_image(true)))
+
+
+def frechet(a, b):
+    """Frechet distance of embeddings (N, D), (M, D) taken as Gaussians, the F of FID:
+    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))"""
+    a, b = a.cpu().double(), b.cpu().double()
+    power, basis = torch.linalg.eigh(a.T.cov())
+    root = basis * power.clamp(min=0).sqrt() @ basis.T                    # cov_a^(1/2)
+    cross = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
+    spread_out = a.T.cov().trace() + b.T.cov().trace()
+    return float((a.mean(0) - b.mean(0)).square().sum() + spread_out - 2 * cross)
 
 
 def cosine(a, b):
@@ -345,8 +356,8 @@ COUNTED = {                                       # fractions, printed in %
        for name in ("number", "relation", "colour", "shape", "size")}}
 MEASURES = COUNTED | {
     "diversity": diversity, "PSNR": psnr, "MFLOP": mflop,
-    "Frechet distance": lambda d: frechet(d, d.z),
-    "Frechet distance of z_i": lambda d: frechet(d, d.z_i),
+    "Frechet distance": lambda d: to_true_images(d, d.z),
+    "Frechet distance of z_i": lambda d: to_true_images(d, d.z_i),
     "IoU": lambda d: mean([iou for row, seen in zip(d.images, d.seen) for x, s in zip(row, seen)
                            for iou, _ in train_toy.outline(x, s)]),
     "cos(image, z_t)": lambda d: cosine(d.z, d.model.encode_text(d.captions).z_t),

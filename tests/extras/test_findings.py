@@ -102,8 +102,8 @@ def test_frechet_distances_of_gaussians_are_the_closed_form():
     corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 3)            # (8, 3)
     unit = corners * (7 / 8) ** 0.5                                        # covariance: identity
     a, b = unit * torch.tensor([1.0, 2, 3]), 4 + unit * torch.tensor([2.0, 2, 1])
-    assert train_toy.frechet(a, a) == pytest.approx(0, abs=1e-9)
-    assert train_toy.frechet(a, b) == pytest.approx(3 * 16 + 1 + 0 + 4), "a root too few?"
+    assert findings.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    assert findings.frechet(a, b) == pytest.approx(3 * 16 + 1 + 0 + 4), "a root too few?"
 
 
 def test_rows_of_a_figure_are_settings_and_columns_scenes(tmp_path, monkeypatch):
