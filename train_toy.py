@@ -46,8 +46,6 @@ import prior
 plt.switch_backend("Agg")                         # draw into files, open no window
 
 # ---------------------------------------------------------------- the training loop
-
-
 def train(part, recipe, batch_loss, seed=0, state=None, save=None, name=""):
     """Train one nn.Module -> its losses, one for each step; it ends with averaged weights.
 
@@ -159,8 +157,6 @@ def losses_of(name, part, data, recipe):
 
 
 # ---------------------------------------------------------------- recipes and optimisers
-
-
 @dataclass
 class Recipe:
     """How one part is trained. Weight decay is for matrices: not gains, biases, scalars."""
@@ -493,8 +489,6 @@ class Data:
 
 
 # ---------------------------------------------------------------- a run: all parts, into a folder
-
-
 def option(default, help, **how):                 # a setting and its option on the command line
     how |= {"action": "store_true"} if default is False else {}
     return field(default=default, metadata={"help": help, **how})
@@ -1019,8 +1013,6 @@ def reach(shape, r, tilt):
 
 
 # ---------------------------------------------------------------- the toy world: scene -> pixels
-
-
 def render(scene, size):
     """One placed scene -> (3, size, size) in [-1, 1]."""
     return render_many([scene], size)[0]
@@ -1195,8 +1187,6 @@ def describe(shape, lost, rgb, x, y, r, tilt):
 
 
 # ---------------------------------------------------------------- command line
-
-
 def run_training(args):
     """Train the whole stack. Other commands: read IMAGE, world, evaluate (COMMAND --help)."""
     source = World(args.groups, args.seed) if args.data is None else Folder(args.data)

@@ -35,8 +35,6 @@ import prior
 from clip import open_image
 
 # ---------------------------------------------------------------- caption -> image
-
-
 class UnCLIP:
     """The parts of a stack, and what they do together.
 
