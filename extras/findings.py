@@ -167,6 +167,21 @@ def decode(d, z_i, x_T):
                                   generator=d.generator)
 
 
+def draw_hole(d):
+    """Inpainting: the part of the image with the second object is drawn anew, with another one."""
+    images, pixel = [], (torch.arange(256) + 0.5) / 256
+    for scene, target in zip(d.scenes, d.targets):
+        axis = int(scene.relation == "above")                              # 0: x, 1: y
+        (before, after), (before2, after2) = (
+            ((o.x, o.y)[axis] - box[axis][0], (o.x, o.y)[axis] + box[axis][1]) for o in scene.objects
+            for box in [train_toy.reach(o.shape, o.r, o.tilt)])
+        hole = (pixel > (after + before2) / 2).float().expand(256, 256)
+        images.append(d.artist.inpaint(
+            train_toy.render(scene, 256), hole.T if axis else hole, caption(target), 1,
+            upsampler_steps=(), generator=d.generator))
+    return torch.stack(images)
+
+
 @torch.enable_grad()
 def draw_ascent(d):
     """As it was done before unCLIP: gradient ascent of the pixels on CLIP's similarity."""
@@ -188,7 +203,7 @@ def draw_nearest(d):
     return render_many([scenes[i] for i in (z_i @ z.T).argmax(1)], d.size)[:, None]
 
 
-DRAW = {"image": draw_image, "interpolation": draw_path, "gradient ascent on CLIP": draw_ascent,
+DRAW = {"image": draw_image, "inpainting": draw_hole, "interpolation": draw_path, "gradient ascent on CLIP": draw_ascent,
         "true image": lambda d: render_many(d.scenes, d.size)[:, None],
         "nearest training image": draw_nearest}
 
@@ -209,10 +224,11 @@ def alike(scene):
 
 
 def edited(scene, kind, rng):
-    """A one-object scene with another colour, shape or size; not a held-out pair, if possible."""
-    only = scene.objects[0]
+    """A scene whose last object has another colour, shape or size; no held-out pair, if possible."""
+    *others, last = scene.objects
     values = {"colour": train_toy.COLOURS, "shape": train_toy.SHAPES, "size": train_toy.SIZES}[kind]
-    choices = [Scene((replace(only, **{kind: v}),)) for v in values if v != getattr(only, kind)]
+    choices = [Scene((*others, replace(last, **{kind: value})), scene.relation)
+               for value in values if value != getattr(last, kind)]
     return stated(rng.choice([s for s in choices if train_toy.split(s) != "held-out"] or choices))
 
 
@@ -444,6 +460,11 @@ FINDINGS = {
                     measures=("reached", "rest kept")) for kind in ("colour", "shape", "size")},
         "[reached] reach the target, [rest kept] keep the rest", scenes=ONE, n=67,
         said=("colour 0.4", "shape 0.4", "size 0.4")),
+    "inpainting": Finding(
+        "RePaint", "The part with the second object is drawn anew, with another colour or shape",
+        {"": {kind: Setting("inpainting", edit=kind) for kind in ("colour", "shape")}},
+        "[accuracy] right",
+        scenes={"two": True, "keep": lambda scene: scene.relation in ("left of", "above")}),
     "pca": Finding(
         "Fig. 7", "Decoded from the first k principal components of z_i",
         {"k =": vary("components", (0, 1, 2, 4, 6, 9, 14, 64), condition="image",
