@@ -171,11 +171,10 @@ def draw_hole(d):
     """Inpainting: the part of the image with the second object is drawn anew, with another one."""
     images, pixel = [], (torch.arange(256) + 0.5) / 256
     for scene, target in zip(d.scenes, d.targets):
-        axis = int(scene.relation == "above")                              # 0: x, 1: y
-        (before, after), (before2, after2) = (
-            ((o.x, o.y)[axis] - box[axis][0], (o.x, o.y)[axis] + box[axis][1]) for o in scene.objects
-            for box in [train_toy.reach(o.shape, o.r, o.tilt)])
-        hole = (pixel > (after + before2) / 2).float().expand(256, 256)
+        (a, b), axis = scene.objects, int(scene.relation == "above")       # 0: x, 1: y
+        end = (a.x, a.y)[axis] + train_toy.reach(a.shape, a.r, a.tilt)[axis][1]
+        begin = (b.x, b.y)[axis] - train_toy.reach(b.shape, b.r, b.tilt)[axis][0]
+        hole = (pixel > (end + begin) / 2).float().expand(256, 256)
         images.append(d.artist.inpaint(
             train_toy.render(scene, 256), hole.T if axis else hole, caption(target), 1,
             upsampler_steps=(), generator=d.generator))
@@ -203,8 +202,8 @@ def draw_nearest(d):
     return render_many([scenes[i] for i in (z_i @ z.T).argmax(1)], d.size)[:, None]
 
 
-DRAW = {"image": draw_image, "inpainting": draw_hole, "interpolation": draw_path, "gradient ascent on CLIP": draw_ascent,
-        "true image": lambda d: render_many(d.scenes, d.size)[:, None],
+DRAW = {"image": draw_image, "inpainting": draw_hole, "interpolation": draw_path,
+        "gradient ascent on CLIP": draw_ascent, "true image": lambda d: render_many(d.scenes, d.size)[:, None],
         "nearest training image": draw_nearest}
 
 # ---------------------------------------------------------------- scenes and words
@@ -224,7 +223,7 @@ def alike(scene):
 
 
 def edited(scene, kind, rng):
-    """A scene whose last object has another colour, shape or size; no held-out pair, if possible."""
+    """A scene, its last object of another colour, shape or size; no held-out pair, if possible."""
     *others, last = scene.objects
     values = {"colour": train_toy.COLOURS, "shape": train_toy.SHAPES, "size": train_toy.SIZES}[kind]
     choices = [Scene((*others, replace(last, **{kind: value})), scene.relation)
