@@ -318,8 +318,8 @@ def draw_timesteps(recipe, T, B):
 
 @torch.no_grad()
 def redraw(data, rows, low):
-    """Small images (B, 3, h, h) as the decoder draws them: noised to t = 0.4 T, denoised from there.
-    So upsampler1 learns to correct the errors of what it will really enlarge."""
+    """Small images (B, 3, h, h) as the decoder draws them: noised to t = 0.4 T, then denoised. So
+    upsampler1 learns to correct the errors of what it will really enlarge."""
     part, x = data.decoder, low.to(data.device)
     T, alphabar = part.config.T, part.alphabar
     timesteps = [t for t in diffusion.spaced_timesteps(T, 12) if t <= 0.4 * T]
@@ -810,7 +810,8 @@ def score(model, sets, condition, seed=0):
     verdicts = iter(wrong)
     row = {name: float(np.mean([not next(verdicts) for _ in own])) for name, own in sets.items()}
     for name, values in zip(("IoU", "PSNR"), np.array(outlines or [(0.0, 0.0)]).T):
-        row[name], row[f"{name}, worst tenth"] = map(float, (values.mean(), np.quantile(values, 0.1)))
+        row[name] = float(values.mean())
+        row[f"{name}, worst tenth"] = float(np.quantile(values, 0.1))
     row["wrong attributes"] = Counter(name for some in wrong for name in some)
     row["wrong pairs"] = Counter(" and ".join(sorted(o.shape for o in scene.objects))
                                  for scene, some in zip(scenes, wrong) if some)

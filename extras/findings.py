@@ -203,8 +203,8 @@ def draw_nearest(d):
 
 
 DRAW = {"image": draw_image, "inpainting": draw_hole, "interpolation": draw_path,
-        "gradient ascent on CLIP": draw_ascent, "true image": lambda d: render_many(d.scenes, d.size)[:, None],
-        "nearest training image": draw_nearest}
+        "gradient ascent on CLIP": draw_ascent, "nearest training image": draw_nearest,
+        "true image": lambda d: render_many(d.scenes, d.size)[:, None]}
 
 # ---------------------------------------------------------------- scenes and words
 
