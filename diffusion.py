@@ -166,7 +166,7 @@ def noise_like(x, generator=None):
 
 
 def draw(f, shape, generator, device, dim=0):
-    """f(shape, ...), drawn on the generator's device; of a list, each draws its rows on axis dim."""
+    """f(shape, ...), drawn on the generator's device; of a list, each its rows on axis dim."""
     if isinstance(generator, (list, tuple)):
         G, B, share = len(generator), shape[dim], [*shape]
         if G == 0 or B % G:

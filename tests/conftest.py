@@ -1,4 +1,4 @@
-"""What all tests share: the chapters are imported from the folder above; `pytest --long` runs everything."""
+"""What all tests share: the chapters come from the folder above; `pytest --long` runs all."""
 import os
 import sys
 from pathlib import Path
