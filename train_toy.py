@@ -183,9 +183,9 @@ TOY = {                           # steps, batch, learning rate
     "clip": Recipe(1100, 128, 1e-3, 3e-3, 0.1, 0.98, uniformity=1.0, start=True),
     "diffusion_prior": Recipe(350, 128, 1e-3, 0.0, 0.06, 0.96, ema=0.99),
     "ar_prior": Recipe(580, 64, 1e-3, 3e-3, 0.04, 0.96, ema=0.99),
-    "decoder": Recipe(3000, 64, 2e-3, 8e-3, ema=0.99, logit_normal=True, start=True),
+    "decoder": Recipe(2600, 64, 2e-3, 8e-3, ema=0.99, logit_normal=True, start=True),
     "upsampler1": Recipe(900, 8, 2e-3, 1e-2, ema=0.99, crops=0, at_T=0.5, redrawn=0.75),
-    "upsampler2": Recipe(400, 8, 2e-3, 1e-2, ema=0.99, at_T=0.5)}
+    "upsampler2": Recipe(600, 8, 2e-3, 1e-2, ema=0.99, at_T=0.5)}
 FLAT = {"warmup": 0, "cosine": False}
 PAPER = {                         # table 3 and (CLIP) appendix C; Radford et al. 2021: 32 epochs
     "clip": Recipe(635_000, 32_768, 3e-4, 0.0, 0.2, 0.98, eps=1e-6, warmup=2000),
@@ -331,32 +331,43 @@ def redraw(data, rows, low):
 
 
 def hard_negatives(rng, two):
-    """Four placed training scenes, three in one respect different from the first. Only with "a blue
-    circle above a red square" in its batch must CLIP know which of the two is red in "a red circle
-    above a blue square"."""
+    """Four placed training scenes, three in one respect different from the first (half of the
+    one-object groups: all shapes). Only with "a blue circle above a red square" in its batch must
+    CLIP know which of the two is red in "a red circle above a blue square"."""
     first = random_scene(rng, two=two, split_of="train")
-    near, scene = [], stated(first)
-    if two:
+    others = [Scene(stated(first).objects, MIRROR[first.relation])] if two else []
+    if not two and rng.random() < 0.5:
+        only = first.objects[0]
+        others = [Scene((replace(only, shape=s),)) for s in SHAPES if s != only.shape]
+
+    for _ in range(30):                           # some scenes have few neighbours in training
+        others = [scene for scene in others if split(scene) == "train"]
+        if len(others) == 3:
+            break
+        new = edit(first, rng)
+        if new != first and new not in others:
+            others.append(new)
+    others += [first] * (3 - len(others))
+    return [first] + [place(scene, rng) for scene in others]
+
+
+def edit(scene, rng):
+    """A stated scene -> one that differs in one respect. Of two objects: colours or shapes
+    exchanged, relation reversed or turned, a shape or a size changed; of one: an attribute."""
+    objects = list(stated(scene).objects)
+    if len(objects) == 2 and rng.random() < 4 / 6:
         _, colours, reverse, shapes = swaps(scene)
         level = scene.relation in ("left of", "right of")
-        turned = Scene(scene.objects, rng.choice(("above", "below") if level
-                                                 else ("left of", "right of")))
-        edits = [changed(scene, rng) for _ in range(2)]
-        near = [reverse] + rng.sample([colours, shapes, turned, *edits], 5)
-    elif rng.random() < 0.5:                      # all shapes
-        near = [Scene((replace(scene.objects[0], shape=shape),)) for shape in SHAPES]
+        turned = rng.choice(("above", "below") if level else ("left of", "right of"))
+        return rng.choice((colours, reverse, shapes, Scene(tuple(objects), turned)))
 
-    near += [changed(scene, rng) for _ in range(12)]                 # some are not for training
-    near = [new for new in dict.fromkeys(near) if new != scene and split(new) == "train"]
-    return [first] + [place(new, rng) for new in (near + 3 * [scene])[:3]]
-
-
-def changed(scene, rng):
-    """A stated scene -> one that differs in the shape, colour or size of one object."""
-    objects, i = list(scene.objects), rng.randrange(len(scene.objects))
-    name, values = rng.choice([("shape", SHAPES), ("colour", COLOURS), ("size", SIZES)])
-    new = rng.choice([value for value in values if value != getattr(objects[i], name)])
-    objects[i] = replace(objects[i], **{name: new})
+    i = rng.randrange(len(objects))
+    old = objects[i]
+    new = [replace(old, shape=rng.choice([s for s in SHAPES if s != old.shape])),
+           replace(old, size="large" if old.size == "small" else "small")]
+    if len(objects) == 1:
+        new.append(replace(old, colour=rng.choice([c for c in COLOURS if c != old.colour])))
+    objects[i] = rng.choice(new)
     return Scene(tuple(objects), scene.relation)
 
 
