@@ -19,7 +19,7 @@ class DiT(torch.nn.Module):
         return torch.nn.functional.fold(h, x.shape[2:], self.patch.stride, stride=self.patch.stride)
 
 model, no, z = decoder.Decoder(decoder.DecoderConfig()), torch.zeros(4, 20), torch.zeros(4, 64)
-model.unet, text = DiT(16, 64, 128), clip.Text(no.long(), no.bool(), no, no)
+model.unet, text = DiT(16, 64, 64), clip.Text(no.long(), no.bool(), no, no)
 train_toy.train(model, train_toy.Recipe(20, 4, 1e-3),
                 lambda progress: model.loss(torch.ones(4, 3, 16, 16), z, text).mean())
 print("DiT:", [*model.sample(z, text, steps=10, guidance=2.0).shape])

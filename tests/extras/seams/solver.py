@@ -4,8 +4,8 @@ sys.path.insert(0, ".")                        # run it from the repository's fo
 import decoder, diffusion, train_toy, unclip
 
 class FastDecoder(decoder.Decoder):
-    def sample(self, z_i, text, steps, guidance, generator, progress):
-        network = self.denoiser(z_i, text, guidance)
+    def sample(self, z_i, text, steps, guidance, generator, progress, above):
+        network = self.denoiser(z_i, text, guidance, above)
         x = diffusion.noise_like(z_i.new_empty(len(z_i), 3, 16, 16), generator)
         alpha, sigma = self.alphabar.sqrt(), (1 - self.alphabar).sqrt()
         lam, old = (alpha / sigma).log(), None               # half the log signal-to-noise ratio
