@@ -608,6 +608,7 @@ def stop_on_error(run, *args):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")        # a terminal without Unicode
+
     try:
         run(*args)
         print(end="", flush=True)
