@@ -205,6 +205,8 @@ class Upsampler(nn.Module):
         the whole images (B, 3, S, S), (B, 3, S / 4, S / 4).
         """
         S = self.config.unet.size
+
+        # the small images
         if self.config.degradation == "bsr":
             rng = np.random.default_rng(int(torch.randint(2 ** 31, ())))
             low = torch.stack([bsr_degrade(x.cpu(), rng) for x in high]).to(high.device)
@@ -212,6 +214,8 @@ class Upsampler(nn.Module):
             low = shrink(high, S // 4)                                         # (B, 3, S/4, S/4)
             blurred = (torch.rand(len(low)) < 0.5).to(low.device)
             low = torch.where(blurred[:, None, None, None], gaussian_blur(low), low)
+
+        # crops of them, and of the large ones
         if crops == 0:
             return high, low
         high, low = high.repeat_interleave(crops, dim=0), low.repeat_interleave(crops, dim=0)

@@ -51,8 +51,8 @@ def train(part, recipe, batch_loss, seed=0, state=None, save=None, name=""):
 
     batch_loss(progress) draws a batch and returns its mean loss; progress goes from 0 to 1.
     save(state) receives what a later call needs as `state` to go on, every 20 seconds, or 20 times
-    as long as it takes. Every step seeds torch anew: a resumed run draws what it would
-    have drawn.   FloatingPointError at a loss that is not finite.
+    as long as it takes; the tensors in it change with the next step. Every step seeds torch anew: a
+    resumed run draws what it would have drawn.   FloatingPointError at a loss that is not finite.
     """
     part.train()
     weights, optimizers = list(part.parameters()), make_optimizers(part, recipe)
@@ -61,7 +61,9 @@ def train(part, recipe, batch_loss, seed=0, state=None, save=None, name=""):
         part.load_state_dict(state["model"])
         for optimizer, moments in zip(optimizers, state["moments"]):
             optimizer.load_state_dict(moments)
-        ema, losses = [x.to(w.device) for x, w in zip(state["ema"], weights)], [*state["losses"]]
+        ema = [x.to(w.device, copy=True) for x, w in zip(state["ema"], weights)]
+        losses = list(state["losses"])
+
     rank, next_save = rank_and_world()[0], time.monotonic() + SAVE_SECONDS
     bar = tqdm(range(len(losses), recipe.steps), name, initial=len(losses), total=recipe.steps,
                disable=rank > 0)
@@ -83,7 +85,7 @@ def train(part, recipe, batch_loss, seed=0, state=None, save=None, name=""):
             with worst_nearby(weights, recipe.sam):
                 torch.manual_seed(draws)          # the same batch
                 batch_loss(step / recipe.steps).backward()
-        average_over_processes(w.grad for w in weights)
+        average_over_processes(w.grad for w in weights if w.grad is not None)
 
         # clip the gradient's norm (but for a scalar, CLIP's temperature), and update
         torch.nn.utils.clip_grad_norm_([w for w in weights if w.ndim], 1.0)
@@ -143,12 +145,16 @@ def losses_of(name, part, data, recipe):
         images = data.images(rows, part.config.unet.size)
         return part.loss(images, data.z_i[rows], data.text(rows), t).mean()
 
+    redrawn = recipe.redrawn if data.decoder is not None else 0.0
+    if redrawn:
+        data.decoder.to(data.device)
+
     def upsampler_batch(progress):
         rows = data.rows(batch // max(1, recipe.crops))
         high, low = part.prepare(data.draw(rows, part.config.unet.size), recipe.crops)  # on the CPU
         t = draw_timesteps(recipe, part.config.T, batch)
-        if recipe.redrawn:
-            some = rows[:round(recipe.redrawn * len(rows))]
+        if redrawn:
+            some = rows[:round(redrawn * len(rows))]
             low[:len(some)] = redraw(data, some, low[:len(some)])
         return part.loss(high.to(data.device), low.to(data.device), t).mean()
 
@@ -176,7 +182,7 @@ class Recipe:
     start: bool = False           # initialised from the data, see toy_start
     crops: int = 4                # of an upsampler's image, a quarter of the side; 0: all of it
     at_T: float = 0.0             # share of the timesteps that are T: where few steps begin
-    redrawn: float = 0.0          # share of the small images that the decoder redraws
+    redrawn: float = 0.0          # share of the small images that the decoder, if any, redraws
 
 
 TOY = {                           # steps, batch, learning rate
@@ -446,6 +452,7 @@ class Data:
 
     def __init__(self, source, tokenizer, config, device):
         self.source, self.device, self.size = source, device, config.clip.image_size
+        self.decoder = None                                                # once it is trained
         self.group = getattr(source, "group", 1)
         self.curriculum = getattr(source, "curriculum", lambda progress: 1.0)
 
@@ -565,6 +572,7 @@ def run(source, settings):
             model.device, model.low_memory = device, device.type != "cpu"
             if rank == 0 and data.decoder and not (out / f"{name}.png").exists():
                 draw_samples(model, data, out / f"{name}.png")
+            part.to("cpu")                        # the next part needs the room on the GPU
 
         if rank == 0:
             model.save(out / f"{settings.preset}.pt", dtype=torch.half)

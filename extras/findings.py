@@ -513,19 +513,19 @@ FINDINGS = {
         ("true image", "diffusion prior"))}
 
 
-def experiment(settings, words="[accuracy] right"):
-    return Finding("", "", {"": settings}, words, n=32)
+def experiment(settings, words="[accuracy] right", of=""):
+    return Finding("", "", {of: settings}, words, n=32)
 
 
 SPREAD = "[accuracy] right and diversity [diversity]"
 EXPERIMENTS = {
-    "guidance": experiment(sampled("guidance", (0.0, 1.0, 2.0, 5.0), **BOTH), SPREAD),
-    "decoder_steps": experiment(sampled("decoder_steps", (2, 5, 12, 50))),
-    "prior_steps": experiment(sampled("prior_steps", (1, 4, 16, 64))),
+    "guidance": experiment(sampled("guidance", (0.0, 1.0, 2.0, 5.0), **BOTH), SPREAD, "scale"),
+    "decoder_steps": experiment(sampled("decoder_steps", (2, 5, 12, 50)), of="steps"),
+    "prior_steps": experiment(sampled("prior_steps", (1, 4, 16, 64)), of="steps"),
     "other_prior": experiment(vary("condition", PRIORS, **BOTH), SPREAD),
-    "candidates": experiment(sampled("candidates", (1, 2, 8))),
-    "rerank": experiment(vary("rerank", (1, 2, 4))),
-    "prior_guidance": experiment(sampled("prior_guidance", (1.0, 2.0, 4.0))),
+    "candidates": experiment(sampled("candidates", (1, 2, 8)), of="candidates"),
+    "rerank": experiment(vary("rerank", (1, 2, 4)), of="best of"),
+    "prior_guidance": experiment(sampled("prior_guidance", (1.0, 2.0, 4.0)), of="scale"),
     "no_prior": experiment(vary("condition", ("diffusion prior", "text embedding in its place",
                                               "caption alone"))),
     "enlarging": experiment(
