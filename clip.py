@@ -288,6 +288,22 @@ class CaptionEncoder(nn.Module):
         return self.ln_out(x)                                      # (B, L, W)
 
 
+class CaptionStates(nn.Module):
+    """CLIP's hidden states in place of a text Transformer of one's own. Padding is learned vectors;
+    the last position is the end token's once more."""
+
+    def __init__(self, text_width, context, width):
+        super().__init__()
+        self.proj, self.ln_out = nn.Linear(text_width, width), nn.LayerNorm(width)
+        self.pad = nn.Parameter(torch.randn(context, width) * 0.01)
+
+    def forward(self, states, mask):                               # (B, L, text width), (B, L) bool
+        L, end = states.shape[1], (mask.sum(1) - 1).clamp(min=0)
+        x = torch.where(mask[:, :L, None], self.proj(states.to(self.pad.dtype)), self.pad[:L])
+        x = torch.cat([x, x[torch.arange(len(x)), end, None]], dim=1)
+        return self.ln_out(x)                                      # (B, L + 1, width)
+
+
 def sinusoid(index, width):
     """Sinusoidal embedding:  [cos(i f_k), sin(i f_k)]  with  f_k = 10000^(-2k / width)."""
     k = torch.arange(width // 2, device=index.device)

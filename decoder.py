@@ -31,6 +31,7 @@ class Decoder(nn.Module):
 
     z_i enters twice: projected and added to the timestep embedding, and projected to four tokens
     that are concatenated to the outputs of the decoder's own text Transformer, for cross-attention.
+    Where text_layers is 0 (the toy, Karlo), CLIP's hidden states take the place of the latter.
     """
 
     def __init__(self, config):
@@ -40,7 +41,10 @@ class Decoder(nn.Module):
         with torch.device("cpu"):              # float64, and it stays there wherever the weights go
             self.alphabar = diffusion.SCHEDULES[c.schedule](c.T)
         self.unet = UNet(c.unet)
-        self.text = clip.CaptionEncoder(c.vocab_size, c.context, X, c.text_layers, c.text_heads)
+        if c.text_layers:
+            self.text = clip.CaptionEncoder(c.vocab_size, c.context, X, c.text_layers, c.text_heads)
+        else:
+            self.text = clip.CaptionStates(c.text_width, c.context, X)
         self.text_emb = nn.Linear(X, E)
         self.image_emb = nn.Linear(c.embed_dim, E)
         self.image_tokens = nn.Linear(c.embed_dim, 4 * X)
@@ -52,7 +56,8 @@ class Decoder(nn.Module):
         z_i (B, D) unit vectors, text a clip.Text, or for your own conditions what has its methods.
         """
         z_i = z_i.to(self.image_emb.weight.dtype)
-        states = self.text(text.tokens, text.mask)                         # (B, L, X)
+        own = self.config.text_layers > 0
+        states = self.text(text.tokens if own else text.states, text.mask)     # (B, L, X)
 
         # added to the timestep embedding: z_i, and the caption's last position as in GLIDE
         emb = self.image_emb(z_i) + self.text_emb(states[:, -1])           # (B, E)
@@ -414,8 +419,9 @@ class DecoderConfig:
     embed_dim: int = 64             # D of z_i, 1024
     vocab_size: int = 600           # 16384
     context: int = 20               # tokens, 256
-    text_layers: int = 2            # 24
+    text_layers: int = 2            # 24; 0: CLIP's hidden states instead (toy)
     text_heads: int = 2             # 32
+    text_width: int = 128           # of CLIP's hidden states (where text_layers is 0)
     T: int = 1000
     schedule: str = "cosine"        # the noise schedule: cosine, linear
     predicts: str = "eps"           # eps, x0 or v; the toy: "v"

@@ -142,8 +142,8 @@ def losses_of(name, part, data, recipe):
 
     def decoder_batch(progress):
         rows, t = data.rows(batch), draw_timesteps(recipe, part.config.T, batch)
-        images = data.images(rows, part.config.unet.size)
-        return part.loss(images, data.z_i[rows], data.text(rows), t).mean()
+        images, text = data.images(rows, part.config.unet.size), data.text(rows, states=True)
+        return part.loss(images, data.z_i[rows], text, t).mean()
 
     redrawn = recipe.redrawn if data.decoder is not None else 0.0
     if redrawn:
@@ -331,8 +331,8 @@ def redraw(data, rows, low):
     timesteps = [t for t in diffusion.spaced_timesteps(T, 12) if t <= 0.4 * T]
     t = torch.full((len(x),), timesteps[-1], device=x.device)
     x_t = diffusion.q_sample(alphabar, x, t, torch.randn_like(x))
-    x = diffusion.sample(part.denoiser(data.z_i[rows], data.text(rows)), alphabar, x_t, timesteps,
-                         predicts=part.config.predicts, clamp=1.0, variance="learned")
+    x = diffusion.sample(part.denoiser(data.z_i[rows], data.text(rows, states=True)), alphabar, x_t,
+                         timesteps, predicts=part.config.predicts, clamp=1.0, variance="learned")
     return x.to(low.device)
 
 
@@ -486,6 +486,7 @@ class Data:
 
     @torch.no_grad()
     def embed(self, model):                       # once CLIP is trained
+        self.clip = model
         both = [(model.encode_image(self.images(rows, self.size)),
                  model.encode_text(self.tokens[rows, :model.config.context])[0])
                 for rows in self.chunks("embedding")]
@@ -502,8 +503,13 @@ class Data:
     def images(self, rows, size):                 # at most CLIP's size
         return decoder.shrink(self.stored[rows].to(self.device).float() / 127.5 - 1, size)
 
-    def text(self, rows):                         # without CLIP's hidden states
-        return clip.Text(self.tokens[rows], self.mask[rows], self.z_t[rows], self.z_t[rows, :0])
+    @torch.no_grad()
+    def text(self, rows, states=False):           # CLIP's hidden states for the decoder only
+        tokens, hidden = self.tokens[rows], self.z_t[rows, :0]
+        if states:
+            L = self.clip.config.context
+            hidden = self.clip.to(self.device).encode_text(tokens[:, :L])[1]
+        return clip.Text(tokens, self.mask[rows], self.z_t[rows], hidden)
 
 
 # ---------------------------------------------------------------- a run: all parts, into a folder
@@ -717,7 +723,8 @@ def draw_samples(model, data, path):
     """Some captions of the data, drawn by the parts trained so far from the true z_i."""
     n = max(1, 8 * 256 // model.config.upsampler2.unet.size)               # two of 1024 px
     rows, generator = torch.linspace(0, len(data) - 1, n).long(), torch.Generator().manual_seed(0)
-    x = model.sample_decoder(data.z_i[rows], data.text(rows), generator=generator)
+    text = data.text(rows, states=True)
+    x = model.sample_decoder(data.z_i[rows], text, generator=generator)
     for name, steps in zip(("upsampler1", "upsampler2"), model.config.sampling.upsampler_steps):
         if model.parts[name]:
             x = model.part(name).sample(x, steps, generator=generator)

@@ -207,10 +207,11 @@ class UnCLIP:
 
     def no_caption(self, B):
         """The null condition, B rows: for images drawn from an embedding alone."""
-        L, D = self.config.decoder.context, self.config.clip.embed_dim
-        tokens = torch.zeros(B, L, dtype=torch.long, device=self.device)
-        z_t = torch.zeros(B, D, device=self.device)
-        return self.part("decoder").null(clip.Text(tokens, tokens.bool(), z_t, z_t[:, :0]))
+        c, device = self.config.clip, self.device
+        tokens = torch.zeros(B, self.config.decoder.context, dtype=torch.long, device=device)
+        z_t = torch.zeros(B, c.embed_dim, device=device)
+        states = torch.zeros(B, c.context, c.text_width, device=device)
+        return self.part("decoder").null(clip.Text(tokens, tokens.bool(), z_t, states))
 
     def variations(self, image, n=8, eta=0.2, *, steps=250, progress=False, **options):
         """n images that share what CLIP sees in one (see `open_image`): (n, 3, H, H).   Sec. 3.1
@@ -354,7 +355,8 @@ def toy():
         clip.CLIPConfig(embed_dim=64, context=20, activation="gelu",
                         pixel_mean=(1.0,) * 3, pixel_std=(0.33,) * 3),           # white is 0
         prior.DiffusionPriorConfig(), prior.ARPriorConfig(),        # sizes stand in the classes
-        decoder.DecoderConfig(predicts="v"), decoder.UpsamplerConfig(predicts="x0", residual=True),
+        decoder.DecoderConfig(text_layers=0, predicts="v"),         # CLIP reads the caption for it
+        decoder.UpsamplerConfig(predicts="x0", residual=True),
         decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, out_channels=3,
                                                    channels=16, mults=(1, 1), groups=2),
                                 schedule="linear", predicts="x0", residual=True),

@@ -272,6 +272,15 @@ def test_in_the_caption_encoder_padding_hides_tokens_but_is_attended_to():
     assert torch.equal(same, nothing), "the learned padding replaces token + position"
 
 
+def test_clips_states_are_projected_and_their_padding_is_learned():
+    layer, states = refill(clip.CaptionStates(6, context=9, width=W)).double(), rand(2, 5, 6)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0, 0], [0] * 9]) > 0
+    want = torch.cat([layer.proj(states[0, :3]), layer.pad[3:5], layer.proj(states[0, 2:3])])
+    out, empty = layer(states, mask)
+    assert torch.allclose(out, layer.ln_out(want), atol=1e-6), "the end token's comes once more"
+    assert torch.allclose(empty[:5], layer.ln_out(layer.pad[:5]), atol=1e-6)
+
+
 def test_sinusoids_by_double_loop():
     index = torch.tensor([0, 3, 999])
     got = clip.sinusoid(index, 6)

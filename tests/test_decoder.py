@@ -23,7 +23,7 @@ def inputs():
     global X_T, Z_I, IMAGES, TEXT
     X_T, Z_I = rand(8, 3, 8, 8, number=3), F.normalize(rand(8, 8, number=4), dim=1)
     IMAGES, tokens = X_T.clamp(-1, 1), torch.randint(1, 30, (8, 8), generator=seed())
-    TEXT = clip.Text(tokens, torch.ones(8, 8).tril() > 0, rand(8, 8, number=1), torch.zeros(8, 0))
+    TEXT = clip.Text(tokens, torch.ones(8, 8).tril() > 0, rand(8, 8, number=1), rand(8, 8, 6))
 
 
 def same(a, b, atol=1e-5):
@@ -38,7 +38,7 @@ def unet_config(**more):
 
 def decoder_config(**more):
     return decoder.DecoderConfig(unet_config(attention=(8, 4)), **dict(
-        embed_dim=8, vocab_size=30, context=8, text_layers=1, text_heads=2) | more)
+        embed_dim=8, vocab_size=30, context=8, text_layers=1, text_heads=2, text_width=6) | more)
 
 
 def upsampler_config(out=6, **more):
@@ -152,9 +152,11 @@ def test_a_unet_is_levels_inside_levels(t):
 
 
 # ---------------------------------------------------------------- decoder
-def test_the_embedding_enters_twice_and_the_caption_too(model):
+@pytest.mark.parametrize("text_layers, words", [(1, "tokens"), (0, "states")])
+def test_the_embedding_enters_twice_and_the_caption_too(text_layers, words):
+    model = filled(decoder.Decoder(decoder_config(text_layers=text_layers)))
     emb, context, mask = model.condition(Z_I, TEXT)
-    states, tokens = model.text(TEXT.tokens, TEXT.mask), model.image_tokens(Z_I)
+    states, tokens = model.text(getattr(TEXT, words), TEXT.mask), model.image_tokens(Z_I)
     assert same(emb, model.image_emb(Z_I) + model.text_emb(states[:, -1])), \
         "added to the timestep embedding, with the caption's *last* position"
     want = torch.cat([*(tokens[:, None, 8 * i:8 * i + 8] for i in range(4)), states], dim=1)
