@@ -198,9 +198,12 @@ class UnCLIP:
         z_i, bar = part.scale(z_i), "inverting" if progress else None
         return z_i, part.invert(x.to(self.device), z_i, self.no_caption(len(x)), steps, bar)
 
-    def decode_latent(self, z_i, x_T, *, eta=0.0, guidance=1.0, steps=250, upsampler_steps=None,
+    def decode_latent(self, z_i, x_T, *, eta=0.0, guidance=2.0, steps=250, upsampler_steps=None,
                       generator=None, progress=False):
-        """The way back -> images (B, 3, H, H) in [-1, 1]; with eta = 1 little of x_T is left."""
+        """The way back -> images (B, 3, H, H) in [-1, 1]; with eta = 1 little of x_T is left.
+
+        guidance 1 (and eta 0) inverts `latent`; above 1 more of what CLIP sees is kept.
+        """
         x = self.part("decoder").decode_latent(z_i, x_T, self.no_caption(len(z_i)), steps, eta,
                                                guidance, generator, "images" if progress else None)
         return self.upsample(expect_finite(x, "the decoder"), upsampler_steps, generator, progress)
@@ -245,13 +248,13 @@ class UnCLIP:
         return self.decode_latent(slerp(z_a, z_b, fraction), x_T, steps=steps, progress=progress,
                                   **options)
 
-    def text_diff(self, image, source, target, n=8, strength=0.4, *, steps=250, progress=False,
+    def text_diff(self, image, source, target, n=8, strength=0.5, *, steps=250, progress=False,
                   **options):
         """Edit an image: what it shows (source), what it shall show (target).   Sec. 3.3
 
             z_d = unit(z_t - z_t0),  z = slerp(z_i, z_d, theta),  theta = 0 ... strength; x_T stays
         -> (n, 3, H, H), from the image itself to the full edit; n = 1 is the full edit.
-        strength: the fraction of the angle between z_i and z_d; the paper's is 0.25 to 0.5.
+        strength: the fraction of the angle between z_i and z_d, in the paper 0.25 to 0.5.
         """
         self.check(n, n=n, strength=strength, steps=steps, **options)
         z_t0, z_t = clip.unit(self.encode_text([source, target]).z_t.float()).split(1)   # (1, D)
@@ -687,7 +690,7 @@ SHARED = {
     "--upsampler-steps": dict(nargs="+", help="one number for each upsampler")}
 
 IMAGE, TEXT = dict(help="a file; its middle square is used"), dict(required=True, metavar="CAPTION")
-FEW = {"n": 8, "steps": 250, "guidance": 1.0}
+FEW = {"n": 8, "steps": 250, "guidance": 2.0}
 COMMANDS = {                                    # name: help, what draws, defaults, its own options
     "sample": ("captions to images", draw_sample, {"n": 1, "out": "out.png"}, {
         "captions": dict(nargs="+", metavar="CAPTION", help="-n images are drawn of each"),
@@ -706,7 +709,7 @@ COMMANDS = {                                    # name: help, what draws, defaul
         "image": IMAGE,
         "--source": TEXT | dict(help="what the image shows"),
         "--target": TEXT | dict(help="what it shall show"),
-        "--strength": dict(default=0.4, help="how far the embedding is turned; 1 is all the way")}),
+        "--strength": dict(default=0.5, help="how far the embedding is turned; 1 is all the way")}),
     "inpaint": ("draw a part of an image anew", UnCLIP.inpaint, {"n": 4}, {
         "image": IMAGE, "caption": dict(help="what the whole image shall show"),
         "--mask": dict(required=True, help="an image of that size: what is white is drawn anew")})}

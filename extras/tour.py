@@ -145,7 +145,7 @@ show(f"{caption}, 16 px", torch.stack(rows, dim=1).flatten(0, 1),
 All parts together invert CLIP: an image becomes its embedding and the noise that draws it again.
 Turn the embedding in the direction from one caption to another, keep the noise, and the image is
 edited. Left is the image itself.""", '''\
-source, target, strength = "a large red circle", "a large blue circle", 0.4
+source, target, strength = "a large red circle", "a large blue circle", 0.5
 edits = model.text_diff(draw(source, 256), source, target, n=5, strength=strength, steps=50,
                         generator=seed(0))
 show(f"from {source} to {target}", edits,

@@ -239,7 +239,7 @@ def test_the_latent_is_clips_embedding_and_the_noise_that_ddim_makes_of_the_imag
 def test_decoding_the_latent_brings_the_image_back_the_better_the_more_steps(stack, photo):
     small, errors = F.avg_pool2d(photo[None], 4), []
     for steps in (10, 40, 160):
-        again = stack.decode_latent(*stack.latent(photo[None], steps), steps=steps,
+        again = stack.decode_latent(*stack.latent(photo[None], steps), guidance=1.0, steps=steps,
                                     upsampler_steps=())
         errors.append(float((again - small).square().mean().sqrt()))
     assert errors[2] < errors[1] / 2 < errors[0] / 4, errors
