@@ -7,7 +7,7 @@
 All three are U-Nets, ADM's as GLIDE uses it. The toy makes 16, 64 and 256 px.
 
     B batch   C channels   H, W pixels   D width of z_i   E width of the timestep embedding
-    L caption tokens   K = 4 + L context tokens for cross-attention   X width of a context token
+    L caption tokens   K context tokens for cross-attention: 4, and the caption's   X their width
 
 Papers: unCLIP (Ramesh et al. 2022) sec. 2.1 and app. C, ADM (Dhariwal & Nichol 2021), GLIDE (Nichol
 et al. 2021), IDDPM (Nichol & Dhariwal 2021), LDM (Rombach et al. 2022) for BSR.
@@ -53,11 +53,11 @@ class Decoder(nn.Module):
     def condition(self, z_i, text):
         """What the U-Net is conditioned on: emb (B, E), context (B, K, X), mask (B, K) or None.
 
-        z_i (B, D) unit vectors, text a clip.Text, or for your own conditions what has its methods.
+        z_i (B, D) unit vectors; text a clip.Text, or your own class with its drop, null and after.
         """
         z_i = z_i.to(self.image_emb.weight.dtype)
         own = self.config.text_layers > 0
-        states = self.text(text.tokens if own else text.states, text.mask)     # (B, L, X)
+        states = self.text(text.tokens if own else text.states, text.mask)     # (B, K - 4, X)
 
         # added to the timestep embedding: z_i, and the caption's last position as in GLIDE
         emb = self.image_emb(z_i) + self.text_emb(states[:, -1])           # (B, E)
@@ -195,7 +195,7 @@ class Upsampler(nn.Module):
                                 generator=generator, progress=progress)
 
     def timesteps(self, steps):
-        """GLIDE's 27; every n-th from t = 1 on, which spares t = T; or, if few, evenly spaced."""
+        """27: GLIDE's. From 15 on: every n-th from t = 1, which spares t = T. Fewer: evenly spaced."""
         T, stride = self.config.T, -(-self.config.T // steps)                  # rounded up
         if steps == 27:
             return diffusion.glide27_timesteps(T)
@@ -412,7 +412,7 @@ class UNetConfig:
 
 @dataclass
 class DecoderConfig:
-    """Sizes of the toy's decoder; in the comments the paper's."""
+    """Sizes about the toy's decoder's; in the comments the paper's. Stacks: `unclip.PRESETS`."""
     unet: UNetConfig = field(default_factory=lambda: UNetConfig(
         size=16, channels=16, mults=(2, 1, 4), attention=(8, 4), head_channels=16,
         context_width=64, groups=8))

@@ -182,7 +182,7 @@ class Recipe:
     start: bool = False           # initialised from the data, see toy_start
     crops: int = 4                # of an upsampler's image, a quarter of the side; 0: all of it
     at_T: float = 0.0             # share of the timesteps that are T: where few steps begin
-    redrawn: float = 0.0          # share of the small images that the decoder, if any, redraws
+    redrawn: float = 0.0          # share of upsampler1's small images the decoder redraws (crops 0)
 
 
 TOY = {                           # steps, batch, learning rate
@@ -241,7 +241,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(g):
-    """g (m, n), m <= n, with its singular values s brought near 1 (0.68 to 1.21, if s > 0.002 |g|).
+    """g (m, n), m <= n, with its singular values s brought near 1 (0.68 to 1.20, if s > 0.002 |g|).
 
     Newton-Schulz: at norm 1 s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5, five times, by way of
     a = g g^T, which is small: (m, m). q is the product of all steps.
@@ -312,7 +312,7 @@ def draw_timesteps(recipe, T, B):
     """The timesteps of a batch, (B,) in 1..T; None: uniform (DDPM), which diffusion.loss draws.
 
     Logit-normal (SD3, Esser et al. 2024 sec. 3.1): mostly the middle, where shapes and colours are
-    decided; one from each of B equal parts. Without: objects 21.
+    decided; one from each of B equal parts. Without: objects 21. at_T: that share is T itself.
     """
     if recipe.at_T:
         return torch.where(torch.rand(B) < recipe.at_T, T, torch.randint(1, T + 1, (B,)))
@@ -388,8 +388,8 @@ def edit(scene, rng):
 
 
 class World:
-    """Scenes of the toy world in groups of four: a fifth has one object; two thirds use only "left
-    of" and "above", which are "right of" and "below" seen from the other side."""
+    """Scenes of the toy world in groups of four: a fifth has one object; the first two thirds use
+    only "left of" and "above", which are "right of" and "below" seen from the other side."""
     group, one_object, two_relations = 4, 0.2, 0.65
 
     def __init__(self, groups, seed=0):

@@ -58,7 +58,7 @@ class UnCLIP:
                rerank=None, generator=None, progress=True):
         """B captions, or one string -> images (B, 3, H, W) in [-1, 1].
 
-        generator: the source of all randomness; equal seeds, equal images, on any device. A list
+        generator: the source of all randomness; equal seeds, equal noise, on any device. A list
         has one for each image, which then does not depend on the others.
         The other options are explained at `Sampling`; None: as `config.sampling` has it.
         """
@@ -140,7 +140,7 @@ class UnCLIP:
         x = resize(images.to(self.device), self.config.clip.image_size)
         return self.part("clip").encode_image(x)                                 # (B, D)
 
-    # ---- parts, settings and what cannot be meant
+    # ---- parts, settings, checks
 
     def part(self, name):
         """The part, on the device; with low_memory all others wait on the CPU."""
@@ -230,7 +230,7 @@ class UnCLIP:
     def interpolate(self, a, b, n=8, *, noise="slerp", steps=250, progress=False, **options):
         """n images on the way from a to b (see `open_image`): (n, 3, H, H).   Sec. 3.2
 
-        z_i is turned from a's to b's. noise: "slerp" turns x_T too, so the ends are a and b again;
+        z_i is turned from a's to b's. noise: "slerp" turns x_T too, so the ends show a and b again;
         "fixed" draws one x_T for all, so only what CLIP sees changes (the paper's fig. 4).
         """
         if noise not in ("slerp", "fixed"):
@@ -253,7 +253,7 @@ class UnCLIP:
         """Edit an image: what it shows (source), what it shall show (target).   Sec. 3.3
 
             z_d = unit(z_t - z_t0),  z = slerp(z_i, z_d, theta),  theta = 0 ... strength; x_T stays
-        -> (n, 3, H, H), from the image itself to the full edit; n = 1 is the full edit.
+        -> (n, 3, H, H), from the image, decoded again, to the full edit; n = 1: the full edit.
         strength: the fraction of the angle between z_i and z_d, in the paper 0.25 to 0.5.
         """
         self.check(n, n=n, strength=strength, steps=steps, **options)
