@@ -9,7 +9,7 @@ Transformer that the prior and the decoder share, the tokenizer (byte-level BPE)
 
     B batch   L tokens   W width of a Transformer   D width of the shared embedding   H heads
 
-Papers: CLIP (Radford et al. 2021; "sec." alone is its), GLIDE (Nichol et al. 2021), unCLIP (2022)
+Papers: CLIP (Radford et al. 2021: "Sec." without a name), GLIDE (Nichol et al. 2021), unCLIP (2022)
 """
 import argparse
 import collections
@@ -75,13 +75,13 @@ def clip_loss(image_emb, text_emb, scale, caption_ids=None):
 
     image_emb, text_emb (B, D) with unit rows, scale = 1 / temperature -> scalar in nats.
     caption_ids (B,): equal for equal captions, which share the answer. Expect log(B) from a model
-    that knows nothing; the floor is 0, or the mean log of how often a caption is in the batch.
+    that knows nothing; the minimum is 0, or the mean of log(how often each caption occurs).
     """
     logits = scale * image_emb @ text_emb.T                               # (B, B)
     if caption_ids is None:
         caption_ids = torch.arange(len(logits), device=logits.device)
 
-    answer = (caption_ids[:, None] == caption_ids[None, :]).to(logits)    # (B, B) symmetric
+    answer = (caption_ids[:, None] == caption_ids[None, :]).to(logits)    # (B, B), symmetric
     answer = answer / answer.sum(1, keepdim=True)                         # rows sum to 1
     return (F.cross_entropy(logits, answer) + F.cross_entropy(logits.T, answer)) / 2
 
@@ -98,7 +98,7 @@ def zero_shot(model, images, tokens):
 
 def unit(z):
     """Rows of length 1: (..., D) -> (..., D). A row of zeros stays zero."""
-    return F.normalize(z, dim=-1, eps=max(1e-12, torch.finfo(z.dtype).tiny))    # tiny: for half
+    return F.normalize(z, dim=-1, eps=max(1e-12, torch.finfo(z.dtype).tiny))    # 1e-12 is 0 in half
 
 
 # ---------------------------------------------------------------- the two encoders
@@ -175,7 +175,8 @@ def attend(q, k, v, heads, mask=None, causal=False):
     """Multi-head attention:  softmax(q k^T / sqrt(W / H)) v  in each head's slice of the width.
 
     q (B, L, W), k and v (B, S, W) -> (B, L, W). mask: the attention mask (B or 1, 1, L or 1, S),
-    True where a query attends to a key; a query without keys gets zeros. causal: lower triangle.
+    True where a query attends to a key; a query without keys gets zeros. causal: of L = S tokens
+    each attends to itself and those before; then without mask.
     """
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))   # (B, H, ., W / H)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -228,9 +229,9 @@ def blocks(layers, width, heads, **options):
 
 
 class KVCache:
-    """The key-value (KV) cache of a causal block: those of earlier tokens are computed once."""
+    """The key-value (KV) cache of a causal block: keys and values of earlier tokens are kept."""
 
-    def __init__(self, size):                                      # `length` of `size` are filled
+    def __init__(self, size):                            # room for `size` tokens, `length` so far
         self.size, self.length, self.k, self.v = size, 0, None, None
 
     def append(self, k, v):
@@ -269,7 +270,8 @@ class Text(NamedTuple):
 class CaptionEncoder(nn.Module):
     """GLIDE's text Transformer; the decoder and the AR prior have one each.   GLIDE sec. 4.1
 
-    Every token attends to every other. Padding is learned vectors; an empty caption is padding.
+    Every token attends to every other, and to padding, which is learned vectors; an empty caption
+    is all padding.
     """
 
     def __init__(self, vocab_size, context, width, layers, heads):
@@ -319,7 +321,7 @@ WHOLE = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:[stmdſ]|re|ve|ll)")
 RUN = re.compile("L+|N|Z+|[MPSC]+")    # of Unicode categories: letters; one digit; spaces; others
 
 # A visible character for each byte, {33: "!", ..., 32: "Ġ"}, so that merges print as text. Visible
-# Latin-1 is itself, the other 68 bytes borrow characters from number 256 on. The order is CLIP's.
+# Latin-1 is itself, the other 68 bytes are chr(256), chr(257), ... The order is CLIP's.
 BYTES = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
 BYTES |= {b: chr(256 + n) for n, b in enumerate(sorted({*range(256)} - {*BYTES}))}
 BYTE_OF = {character: b for b, character in BYTES.items()}
@@ -441,8 +443,8 @@ class Tokenizer:
         if not all(0 <= i < len(self) for i in ids):
             raise ValueError(f"{ids} are not all below {len(self)}; are they another tokenizer's?")
         ids = ids[:ids.index(self.end)] if self.end in ids else ids
-        text = "".join(self.tokens[i] + "\n" for i in ids if i != self.start)    # no token has a \n
-        text = text.replace("</w>\n", " ").replace("\n", "")
+        pieces = [self.tokens[i] for i in ids if i != self.start]
+        text = "".join(p[:-4] + " " if p.endswith("</w>") else p for p in pieces)
         return bytes(BYTE_OF.get(c, 32) for c in text).decode("utf-8", "replace").removesuffix(" ")
 
     def __call__(self, texts, context_length, truncate=False):

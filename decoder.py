@@ -195,7 +195,7 @@ class Upsampler(nn.Module):
                                 generator=generator, progress=progress)
 
     def timesteps(self, steps):
-        """27: GLIDE's. From 15 on: every n-th from t = 1, which spares t = T. Fewer: evenly spaced."""
+        """27: GLIDE's. From 15 on: every n-th from t = 1, which spares T. Fewer: evenly spaced."""
         T, stride = self.config.T, -(-self.config.T // steps)                  # rounded up
         if steps == 27:
             return diffusion.glide27_timesteps(T)

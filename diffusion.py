@@ -45,7 +45,8 @@ def loss(network, alphabar, x0, predicts="eps", t=None):
     if raw is None:
         return simple
 
-    # stop-gradient (detach): the bound, 0.001 of a sum over all T, trains the variance only
+    # stop-gradient (detach): the bound trains the variance only. T / 1000: one random term stands
+    # for the sum over T of them, weighted by 0.001
     x0_hat = to_x0(alphabar, out.detach(), x_t, t, predicts)
     return simple + T / 1000 * vlb_loss(alphabar, x0_hat, raw, x0, x_t, t)
 
@@ -93,7 +94,7 @@ def sample(network, alphabar, x, timesteps, *, predicts="eps", clamp=None, varia
     clamp      of x0, to [-clamp, clamp]: 1 for pixels, None for embeddings (no range)
     variance   of a DDPM step: "small", "large", "learned", or the table of measure_cov
     eta        None: DDPM (ancestral sampling). A number: DDIM, from 0 (deterministic) to 1 (DDPM)
-    generator  a torch.Generator, or a list: one for each image, for equal shares of the rows
+    generator  a torch.Generator, or a list of G: each draws B / G consecutive rows
     progress   the name of a progress bar
     ValueError for an unknown word, a prediction of another shape, or eta and a variance together.
     """
@@ -114,7 +115,7 @@ def p_sample(network, alphabar, x_t, t, s, predicts, clamp, variance, eta, gener
     if clamp is not None:
         x0 = x0.clamp(-clamp, clamp)
 
-    # towards it, as if it were true
+    # a step to s, as if this x0 were the true one
     if eta is not None:
         return ddim_step(alphabar, x_t, t, s, x0, eta, noise)
     mean, var = q_posterior(alphabar, x0, x_t, t, s)
@@ -149,9 +150,10 @@ def guide(uncond, cond, scale):
 
 
 def guided(network, scale, C):
-    """(x_t, t) -> the guided prediction of a network of 2B rows, unconditional ones (null) first.
+    """(x_t, t) -> the guided prediction; `network` takes 2B rows, B with the null condition first.
 
-    The first C channels are guided; a learned variance, after them, stays the conditional one.
+    At scale 1 it is the network itself, of B rows. The first C channels are guided; a learned
+    variance, after them, stays the conditional one.
     """
     def guided_network(x_t, t):
         uncond, cond = network(torch.cat([x_t, x_t]), t).chunk(2)              # (B, C or 2C, ...)
@@ -190,7 +192,7 @@ def split_variance(out, x_t):
 def expand(c, x):
     """A coefficient () or (B,) in x's dtype and a shape that multiplies x (B, ...)."""
     if c.ndim == 0:
-        return c.to(x.dtype)                         # stays on the CPU: a number needs no copy
+        return c.to(x.dtype)                         # a number on the CPU multiplies any tensor
     return c.to(x.device, x.dtype, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -238,8 +240,9 @@ def transitions(timesteps):
 def spaced_timesteps(T, K):
     """K ascending timesteps spread evenly over 1..T, both ends included.   IDDPM sec. 4
 
-    (1000, 7) -> [1, 167, 334, 501, 667, 833, 1000]: 1 + round(i strides of (T - 1) / (K - 1)) for
-    i in 0..K-1, halves to even; (1000, 1) -> [1000].   ValueError unless 1 <= K <= T.
+    (1000, 7) -> [1, 167, 334, 501, 667, 833, 1000]: strides of (T - 1) / (K - 1), added up one
+    by one in floats as published, which decides the halves; (1000, 1) -> [1000].
+    ValueError unless 1 <= K <= T.
     """
     if not 1 <= K <= T:
         raise ValueError(f"expected between 1 and {T} sampling steps, got {K}")
@@ -317,8 +320,8 @@ def inpaint(network, alphabar, x, known, mask, timesteps, *, resample=10, predic
 
     Each step samples the unknown part, and noises `known` to the same timestep. For the two to fit,
     it is undone by the forward process and repeated, `resample` times in all.
-    Note: an approximation of p(unknown | known), closer in the mean with more repetitions; with
-    variance "small" each also costs spread, so use "learned" or measure_cov's.
+    Note: an approximation of p(unknown | known). More repetitions give a better mean; with variance
+    "small" each also takes away spread, so use "learned" or measure_cov's.
     """
     if resample < 1:
         raise ValueError(f"expected resample >= 1, how often each step is made, got {resample}")
@@ -341,8 +344,8 @@ def inpaint(network, alphabar, x, known, mask, timesteps, *, resample=10, predic
 def step_variance(alphabar, variance, small, raw, t, s):
     """The variance of p(x_s | x_t) by its name in `sample`; small is that of q_posterior.
 
-    Of a table cov (unCLIP's prior, app. C) it is the best for this network: the posterior's, and
-    the uncertainty about x0,  small + (weight of x0 in the mean)^2 cov_t.   Analytic-DPM eq. 7
+    A table cov (unCLIP's prior, app. C) gives the best one for this network, which adds the
+    uncertainty about x0:  small + (weight of x0 in the mean)^2 cov_t.   Analytic-DPM
     """
     if torch.is_tensor(variance):
         ab_t, ab_s, b = alphabar[t], alphabar[s], 1 - alphabar[t] / alphabar[s]
@@ -351,7 +354,7 @@ def step_variance(alphabar, variance, small, raw, t, s):
     if variance == "small":
         return small
     if variance == "large":
-        return log_var_bounds(alphabar, t, s)[1].exp().to(small)
+        return (1 - alphabar[t] / alphabar[s]).to(small)
     if variance == "learned" and raw is not None:
         return learned_log_var(alphabar, raw, t, s).exp()
     raise ValueError('expected "small", "large", a table, or "learned" of a network with twice the '
@@ -370,7 +373,8 @@ def log_var_bounds(alphabar, t, s):
 
         small = log of q_posterior's var       best if x0 is known exactly
         large = log(1 - ab_t / ab_s)           best if the data themselves are N(0, I)
-    -> each () or (B,) float64. At s = 0, for log 0, small is as published that of the step 2 -> 1.
+    -> each () or (B,) float64. At s = 0 small would be log 0; as published, it is
+    that of the step 2 -> 1.
     """
     ab_t, ab_s = two_timesteps(alphabar, t, s)
     second = (1 - alphabar[2] / alphabar[1]) * (1 - alphabar[1]) / (1 - alphabar[2])
@@ -382,7 +386,7 @@ def vlb_loss(alphabar, x0_hat, raw, x0, x_t, t):
     """One term of the variational bound: KL of q(x_s | x_t, x0) and p(x_s | x_t), s = t - 1.
 
     At t = 1 minus the discretised log-likelihood. x0_hat, raw (B, ...) are predictions, t (B,)
-    -> (B,) bits per dimension. L_simple is this sum, unweighted (IDDPM eq. 5-6, DDPM sec. 3.4).
+    -> (B,) bits per dimension. L_simple is the same without weights (IDDPM eq. 5-6, DDPM sec. 3.4).
     """
     mean, _ = q_posterior(alphabar, x0, x_t, t, t - 1)
     mean_hat, _ = q_posterior(alphabar, x0_hat, x_t, t, t - 1)

@@ -67,13 +67,13 @@ class DiffusionPrior(nn.Module):
 
         self.blocks = clip.blocks(c.layers, W, c.heads)
         self.ln_out, self.out = nn.LayerNorm(W), nn.Linear(W, c.embed_dim)
-        self.register_buffer("cov", torch.zeros(c.T + 1))      # see fit_variance; 0: "small"
+        self.register_buffer("cov", torch.zeros(c.T + 1))      # of x0, by fit_variance; 0: "small"
 
     def forward(self, x_t, t, text, cache=None):
         """x_t (B, D) in the scaled space, t int or (B,) in 1..T, captions -> prediction (B, D).
 
-        cache: an empty clip.KVCache for each block, if calls differ in x_t and t alone. Caption and
-        z_t attend to neither, so later calls run three tokens: 6 times as fast at Karlo's size.
+        cache: an empty clip.KVCache for each block, kept between calls that share the text. Caption
+        and z_t do not see x_t: they are computed once, 6 times as fast at Karlo's size.
         """
         t = t + torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)     # (B,), of an int too
         dtype = self.pos.dtype
@@ -97,7 +97,7 @@ class DiffusionPrior(nn.Module):
     def prefix(self, text):
         """[caption, z_t], the tokens that no timestep changes: (B, L + 1, W)."""
         words = torch.where(text.mask[:, :, None], self.tok(text.tokens), self.pad)    # (B, L, W)
-        z_t = self.text_in(self.scale(text.z_t).to(words.dtype))               # (B, W), null: of 0
+        z_t = self.text_in(self.scale(text.z_t).to(words.dtype))           # (B, W), of 0 if dropped
         return torch.cat([words, z_t[:, None]], dim=1)
 
     def attention_mask(self, text, rows):
@@ -122,7 +122,7 @@ class DiffusionPrior(nn.Module):
         keep = torch.rand(len(z_i), device=z_i.device) >= self.drop_rate
         text = text.drop(keep)
         return diffusion.loss(lambda x_t, t: self(x_t, t, text), self.alphabar, self.scale(z_i),
-                              self.config.predicts, t)     # expect 17.2^2 / 1024 of x0 = 0: 0.2889
+                              self.config.predicts, t)     # of predicting 0: 17.2^2 / 1024 = 0.289
 
     def denoiser(self, text, guidance=1.0):
         """(x_t, t) -> prediction, the captions bound; guided: 2B rows, without and with them."""
@@ -207,8 +207,8 @@ class ARPrior(nn.Module):
     def forward(self, codes, dot, text, cache=None):
         """Logits of each next code, given those before it and the caption.
 
-        codes (B, n) the first n of K, dot (B,) -> logits (B, n + 1, buckets), of all K (B, K, ..):
-        [:, k] of c_k+1 given c_1..c_k.
+        codes (B, n) c_1 .. c_n, dot (B,) -> logits (B, min(n + 1, K), buckets): [:, k] is of code
+        c_(k+1), given c_1 .. c_k.
         cache: one empty clip.KVCache for each block, for calls that add one code each: later ones
         return the newest logits alone, (B, 1, buckets).
         """
@@ -238,7 +238,8 @@ class ARPrior(nn.Module):
 
     @torch.no_grad()
     def sample(self, text, temperature=1.0, guidance=1.0, generator=None, progress=None):
-        """text -> z_i (B, D). Each code is the largest logit / temperature + Gumbel noise."""
+        """text -> z_i (B, D). A code is drawn from softmax(logits / temperature), as the
+        argmax of logits / temperature + Gumbel noise."""
         if not temperature > 0:
             raise ValueError(f"expected a temperature above 0, got {temperature}; try 1e-4")
         c, B, where = self.config, len(text.tokens), (generator, text.z_t.device)
@@ -247,7 +248,7 @@ class ARPrior(nn.Module):
         dot = diffusion.draw(partial(torch.randint, c.buckets // 2, c.buckets), [B], *where)
         noise = diffusion.draw(torch.rand, [c.components, B, c.buckets], *where, dim=1)
         gumbel = -(-noise.clamp(min=1e-20).log()).log()                        # (K, B, buckets)
-        codes = dot.new_empty(len(dot), 0)
+        codes = dot.new_empty(B, 0)
 
         if guidance != 1:
             text, dot = text.after(text.null()), dot.repeat(2)                 # (2 B, ...)
@@ -265,7 +266,7 @@ class ARPrior(nn.Module):
         """Choose components, buckets and their values from data, z_i, z_t (N, D): before training.
 
         Fills mean, basis; edges, of components, and dot_edges, of cosines; and values, the mean of
-        each bucket, or of an empty one the cut below it.   ValueError if N < buckets or K > D.
+        each bucket; an empty one has its lower edge.   ValueError if N < buckets or K > D.
         """
         N, D, K, buckets = len(z_i), *self.basis.shape, self.config.buckets
         if K > D:
@@ -287,7 +288,7 @@ class ARPrior(nn.Module):
             lower = F.pad(self.edges[k], (1, 0), value=float(y[:, k].min()))   # for empty buckets
             self.values[k] = torch.where(count > 0, total / count.clamp(min=1), lower)
 
-    @torch.autocast("cuda", enabled=False)       # in bf16 half of the paper's codes would be others
+    @torch.autocast("cuda", enabled=False)       # in bf16 half of the codes would be wrong
     @torch.autocast("cpu", enabled=False)
     def encode(self, z):
         """z (B, D) -> codes (B, K) in 0..buckets-1: how many of edges[k] are not above y_k."""
@@ -296,7 +297,7 @@ class ARPrior(nn.Module):
 
     def decode(self, codes):
         """codes (B, K) -> unit z (B, D): each code becomes the mean of its bucket."""
-        y = self.values[torch.arange(codes.shape[1], device=codes.device), codes]         # (B, K)
+        y = self.values.gather(1, codes.T).T                                   # (B, K)
         return unit(self.mean + y @ self.basis.T)
 
     def dot_code(self, z_i, z_t):
