@@ -13,8 +13,11 @@ Papers: CLIP (Radford et al. 2021: "Sec." without a name), GLIDE (Nichol et al. 
 """
 import argparse
 import collections
+import contextlib
 import html
+import itertools
 import math
+import pickle
 import random
 import re
 import unicodedata
@@ -376,9 +379,13 @@ class Tokenizer:
     def __init__(self, merges, vocab=None):
         self.merges = list(merges)
         pairs = [tuple(merge.split(" ")) for merge in self.merges]
-        if vocab is None:
-            tokens = dict.fromkeys([*ALPHABET, *map("".join, pairs), START, END])    # each once
-            vocab = {token: i for i, token in enumerate(tokens)}
+        tokens = dict.fromkeys([*ALPHABET, *map("".join, pairs), START, END])    # each once
+        vocab = {token: i for i, token in enumerate(tokens)} if vocab is None else vocab
+        wrong = [merge for merge, pair in zip(self.merges, pairs) if len(pair) != 2]
+        if wrong := [*wrong, *{*tokens, *itertools.chain(*pairs)} ^ {*vocab}]:
+            raise ValueError(f"merges and vocabulary do not fit: {wrong[0]!r}")
+        if {*map(type, vocab.values())} != {int} or sorted(vocab.values()) != [*range(len(vocab))]:
+            raise ValueError("expected a vocabulary with the ids 0, 1, 2, ... once each")
         self.ids, self.tokens = dict(vocab), sorted(vocab, key=vocab.get)      # inverses
         self.rank = {pair: n for n, pair in enumerate(pairs)}
         self.start, self.end = vocab[START], vocab[END]
@@ -473,14 +480,32 @@ def token_mask(tokens, end):
 
 
 # ---------------------------------------------------------------- image files
+@contextlib.contextmanager
+def reading(path, kind):
+    """`with reading("x.png", "an image"):` what goes wrong within is one sentence on the file."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError) as error:
+        raise type(error)(f"{path} cannot be read: {error.strerror}; expected {kind}") from None
+    except Exception as error:                                     # a damaged file may raise any
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds more than tensors, or no weights"
+        reason = reason.split("\n")[0][:200]
+        raise ValueError(f"{path} cannot be read as {kind}: {reason}") from None
+
+
 def read_image(image):
     """A path or a PIL image of any mode -> RGB, turned upright (EXIF), transparency on white."""
-    name = getattr(image, "filename", image) or "the image"
-    try:
+    with reading(getattr(image, "filename", image) or "the image", "an image"):
         image = image if isinstance(image, Image.Image) else Image.open(image)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):                          # 0..65535 -> 0..255
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            levels = np.asarray(image)
+            if 0 < levels.max() < 4096:
+                raise ValueError(f"levels up to {levels.max()} of 65535, is it of 12 bits? save it "
+                                 "as 8 bits")
+            image = Image.fromarray((levels / 257).round().astype(np.uint8))
         if image.mode in ("I", "F"):
             raise ValueError("the range of 32-bit numbers is not known; save it as 8 or 16 bits")
 
@@ -488,11 +513,6 @@ def read_image(image):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {name}; expected an image") from None
-    except Exception as error:                                     # a damaged file may raise any
-        reason = (str(error) or type(error).__name__).split("\n")[0]
-        raise ValueError(f"{name} cannot be read as an image: {reason}") from None
 
 
 def open_image(image):
@@ -536,10 +556,12 @@ def main(arguments=None):
     add = parser.add_argument
     add("image", nargs="?", help="an image file; default: six of the toy world")
     add("captions", nargs="*", metavar="caption", help='such as "a cat" "a dog"')
-    add("--weights", help="OpenAI's ViT-*.pt, or Hugging Face's CLIP folder; default: the toy's")
-    add("--vocab", help="bpe_simple_vocab_16e6.txt.gz; default: in the folder of the weights")
+    add("--weights", type=unclip.named, help="OpenAI's ViT-*.pt, or Hugging Face's CLIP folder; "
+        "default: the toy's")
+    add("--vocab", type=unclip.named, help="bpe_simple_vocab_16e6.txt.gz; default: in that folder")
     add("--device", default="cpu", help="cpu, cuda or mps; default: cpu")
-    add("-o", "--out", metavar="FILE.png", help="write the images, in the order of the columns")
+    add("-o", "--out", type=unclip.image_name, metavar="FILE.png", help="write the images, in the "
+        "order of the columns")
     args = parser.parse_intermixed_args(arguments)
     if args.image is not None and not args.captions:
         raise ValueError('expected captions after the image, such as "a cat" "a dog"')

@@ -12,7 +12,6 @@ All three are U-Nets, ADM's as GLIDE uses it. The toy makes 16, 64 and 256 px.
 Papers: unCLIP (Ramesh et al. 2022) sec. 2.1 and app. C, ADM (Dhariwal & Nichol 2021), GLIDE (Nichol
 et al. 2021), IDDPM (Nichol & Dhariwal 2021), LDM (Rombach et al. 2022) for BSR.
 """
-import argparse
 import io
 from dataclasses import dataclass, field
 
@@ -598,6 +597,4 @@ def demo(out=None):
 
 if __name__ == "__main__":
     import unclip
-    parser = argparse.ArgumentParser(description=demo.__doc__, allow_abbrev=False)
-    parser.add_argument("-o", "--out", metavar="FILE.png", help="also write the images")
-    unclip.stop_on_error(demo, parser.parse_args().out)
+    unclip.run_demo(demo, "also write the images")

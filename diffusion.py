@@ -13,7 +13,6 @@ Papers: DDPM (Ho et al. 2020), IDDPM (Nichol & Dhariwal 2021), DDIM (Song et al.
 (Dhariwal & Nichol 2021), v-prediction (Salimans & Ho 2022), GLIDE (Nichol et al. 2021), RePaint
 (Lugmayr et al. 2022), Analytic-DPM (Bao et al. 2022).
 """
-import argparse
 import math
 
 import numpy as np
@@ -469,11 +468,9 @@ def demo(path=None):
             blocks.append(["".join(" .:-=+*#%@"[i] for i in row) for row in shade])
         print("\n".join("  ".join(line).rstrip() for line in zip(*blocks)))
     if path:
-        unclip.write_atomically(path, lambda file: figure.savefig(file, format="png"))
+        unclip.save_figure(figure, path, dpi=100)
 
 
 if __name__ == "__main__":
     import unclip
-    parser = argparse.ArgumentParser(description=demo.__doc__, allow_abbrev=False)
-    parser.add_argument("-o", "--out", metavar="FILE.png", help="also draw the clouds")
-    unclip.stop_on_error(demo, parser.parse_args().out)
+    unclip.run_demo(demo, "also draw the clouds")

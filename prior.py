@@ -10,7 +10,6 @@ text, not for time). Both return unit vectors.   unCLIP (Ramesh et al. 2022) sec
 
     B batch   L caption tokens   W width   D width of z   K principal components
 """
-import argparse
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -359,11 +358,9 @@ def demo(path=None, steps=64):
         axes.plot([*reversed(timesteps)], rows, label=captions)
         axes.set(xlabel="timestep t", ylabel="cosine of x_t to CLIP's z_t", xlim=(timesteps[-1], 0))
         axes.legend(loc="upper left")
-        unclip.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))
+        unclip.save_figure(figure, path, dpi=100)
 
 
 if __name__ == "__main__":
     import unclip
-    parser = argparse.ArgumentParser(description=demo.__doc__, allow_abbrev=False)
-    parser.add_argument("-o", "--out", metavar="FILE.png", help="also draw the cosines")
-    unclip.stop_on_error(demo, parser.parse_args().out)
+    unclip.run_demo(demo, "also draw the cosines")

@@ -15,7 +15,6 @@ import unclip                                     # first: it sets how idle thre
 import argparse
 import contextlib
 import copy
-import json
 import math
 import os
 import random
@@ -46,25 +45,26 @@ import prior
 plt.switch_backend("Agg")                         # draw into files, open no window
 
 # ---------------------------------------------------------------- the training loop
-def train(part, recipe, batch_loss, seed=0, state=None, save=None, name=""):
+def train(part, recipe, batch_loss, seed=0, state=None, save=None, name="", save_seconds=20.0):
     """Train one nn.Module -> its losses, one for each step; it ends with averaged weights.
 
     batch_loss(progress) draws a batch and returns its mean loss; progress goes from 0 to 1.
-    save(state) receives what a later call needs as `state` to go on, every 20 seconds, or 20 times
-    as long as it takes; the tensors in it change with the next step. Every step seeds torch anew: a
-    resumed run draws what it would have drawn.   FloatingPointError at a loss that is not finite.
+    save(state) receives what a later call needs as `state` to go on, every save_seconds, or so many
+    times as long as it takes; the tensors in it change with the next step. Every step seeds torch
+    anew: a resumed run draws what it would have drawn.   FloatingPointError: the loss is not finite
     """
     part.train()
     weights, optimizers = list(part.parameters()), make_optimizers(part, recipe)
     ema, losses = [w.detach().clone() for w in weights], []
     if state:
-        part.load_state_dict(state["model"])
-        for optimizer, moments in zip(optimizers, state["moments"]):
-            optimizer.load_state_dict(moments)
-        ema = [x.to(w.device, copy=True) for x, w in zip(state["ema"], weights)]
-        losses = list(state["losses"])
+        with clip.reading(f"{name} in state.pt", "the state of this part"):
+            part.load_state_dict(state["model"])
+            for optimizer, moments in zip(optimizers, state["moments"]):
+                optimizer.load_state_dict(moments)
+            ema = [x.to(w.device, copy=True) for x, w in zip(state["ema"], weights)]
+            losses = list(state["losses"])
 
-    rank, next_save = rank_and_world()[0], time.monotonic() + SAVE_SECONDS
+    rank, next_save = rank_and_world()[0], time.monotonic() + save_seconds
     bar = tqdm(range(len(losses), recipe.steps), name, initial=len(losses), total=recipe.steps,
                disable=rank > 0)
 
@@ -111,7 +111,7 @@ def train(part, recipe, batch_loss, seed=0, state=None, save=None, name=""):
             save({"model": part.state_dict(), "moments": [o.state_dict() for o in optimizers],
                   "ema": ema, "losses": losses})
             end = time.monotonic()
-            next_save = end + SAVE_SECONDS * max(1, end - start)
+            next_save = end + save_seconds * max(1, end - start)
 
     for w, average in zip(weights, ema):
         w.data.copy_(average)
@@ -201,7 +201,6 @@ PAPER = {                         # table 3 and (CLIP) appendix C; Radford et al
     "upsampler1": Recipe(1_000_000, 1024, 1.2e-4, ema=0.9999, **FLAT),
     "upsampler2": Recipe(1_000_000, 512, 1e-4, ema=0.9999, **FLAT)}
 RECIPES = {"toy": TOY, "paper": PAPER}            # of each preset
-SAVE_SECONDS = 20.0                               # between saves; times as long as one takes
 
 
 def make_optimizers(part, recipe):
@@ -414,7 +413,9 @@ class Folder:
 
     def __init__(self, folder):
         self.paths, self.captions, left_out = [], [], []
-        for path in sorted(Path(folder).glob("*")):
+        with clip.reading(folder, "a folder"):
+            paths = sorted(Path(folder) / name for name in os.listdir(folder))
+        for path in paths:
             try:
                 if path.suffix.lower() in Image.registered_extensions():
                     clip.preprocess(path, 8)
@@ -435,16 +436,17 @@ class Folder:
 
 
 def read_caption(path):
-    """The text of a file in UTF-8, UTF-16 or else Windows' cp1252.   ValueError if it is empty."""
-    data = path.read_bytes()
-    utf_16 = data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data
-    try:
-        text = data.decode("utf-16" if utf_16 else "utf-8-sig")
-    except UnicodeDecodeError:
-        text = data.decode("cp1252", "replace")
-    if not any(c.isprintable() and c != " " for c in clip.clean(text)):
-        raise ValueError(f"{path.name} is empty")
-    return text.strip()
+    """The text of a file in UTF-8, or in UTF-16 with a mark.   ValueError if it is empty, or other.
+
+    Note: older encodings cannot be told apart; guessing one would train on wrong letters.
+    """
+    with clip.reading(path.name, "a caption in UTF-8, or UTF-16 with a byte-order mark"):
+        data = path.read_bytes()
+        utf_16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        text = data.decode("utf-16" if utf_16 else "utf-8-sig").strip()
+        if "\0" in text or not any(c.isprintable() and c != " " for c in clip.clean(text)):
+            raise ValueError("it is empty, or not text")
+        return text
 
 
 class Data:
@@ -522,7 +524,7 @@ def option(default, help, **how):                 # a setting and its option on 
 @dataclass
 class Settings:
     """Of a run, from Python or from the command line.   ValueError out of range"""
-    out: str = option("runs/toy", "the folder to write into")
+    out: str = option("runs/toy", "the folder to write into", type=unclip.named)
     preset: str = option("toy", "the networks and their recipes", choices=RECIPES)
     resume: bool = option(False, "go on where the run in --out stopped")
     only: list | None = option(None, "train only these, over the run's CLIP (if it has none, that "
@@ -534,7 +536,10 @@ class Settings:
     sam: float = option(0.0, "rho of CLIP's sharpness-aware minimisation; the paper's is 0.1",
                         type=unclip.number(0.0, 1e6))
     vocab: str | None = option(None, "a tokenizer to use, not to learn from the captions: OpenAI's "
-                               "merges file, or a folder with vocab.json and merges.txt")
+                               "merges file, or a folder with vocab.json and merges.txt",
+                               type=unclip.named)
+    save_seconds: float = option(20.0, "between saves; and at least so many times as long as one "
+                                 "takes", type=unclip.number(0.0, 1e6))
     device: str = option("cpu", "cpu, cuda, mps")
     dtype: str = option("fp32", "of matrix products; the weights are float32",
                         choices=("fp32", "tf32", "bf16"))
@@ -569,7 +574,8 @@ def run(source, settings):
                     continue
                 train_part(name, recipe, data, config, state, settings)
             part = parts[name] = fresh_part(name, recipe, data, config, settings.seed)
-            part.load_state_dict(state["done"][name])
+            with clip.reading(f"{name} in {out / 'state.pt'}", "weights of this size"):
+                part.load_state_dict(state["done"][name])
 
             # what the next parts are trained on; samples of those trained so far
             if name == "clip":
@@ -611,10 +617,14 @@ def open_run(source, settings, file, rank):
     new = asdict(settings) | {"captions": f"of checksum {digest:x}"}
     if settings.resume:
         state = unclip.read_checkpoint(file, "unclip run 4")
+        with clip.reading(file, "the state of a run"):
+            for key in ("settings", "tokenizer", "done", "current", "losses", "seconds"):
+                state[key].values()
+            clip.Tokenizer(**state["tokenizer"])
         halfway = ("batch", "dtype") if any(state["current"].values()) else ()
         for key in ("preset", "seed", "steps_scale", "sam", "vocab", "captions", *halfway):
-            if state["settings"][key] != new[key]:
-                raise ValueError(f"{file} is of a run with {key} {state['settings'][key]}, not "
+            if state["settings"].get(key) != new[key]:
+                raise ValueError(f"{file} is of a run with {key} {state['settings'].get(key)}, not "
                                  f"{new[key]}; resume with the former, or choose another --out")
         return state | {"settings": new}
 
@@ -647,7 +657,7 @@ def train_part(name, recipe, data, config, state, settings):
 
     switch_speed(part, settings)
     losses = train(part, recipe, losses_of(name, part, data, recipe), settings.seed,
-                   state["current"].get(name), save, name)
+                   state["current"].get(name), save, name, settings.save_seconds)
 
     if name == "diffusion_prior":
         rows = torch.arange(len(data))[::max(1, len(data) // 500)]
@@ -699,6 +709,7 @@ def locked(folder):
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; --out names a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    unclip.writable(folder / "state")             # now, not at the first save
     file = open(folder / "lock", "a")
     with contextlib.suppress(ImportError):        # Windows has no fcntl, and no lock
         import fcntl
@@ -734,8 +745,7 @@ def draw_samples(model, data, path):
 
 def save_figure(figure, path):
     figure.tight_layout()
-    kind = unclip.image_format(path)
-    unclip.write_atomically(path, lambda file: figure.savefig(file, dpi=80, format=kind))
+    unclip.save_figure(figure, path)
     plt.close(figure)
 
 
@@ -811,8 +821,7 @@ def evaluate(args):
     counts = ", ".join(f"{len(scenes)} {name}" for name, scenes in sets.items())
     print(f"{counts}; {time.monotonic() - start:.0f} s")
     if args.json:
-        text = json.dumps({"captions": counts, "seed": args.seed, "rows": rows}, indent=1) + "\n"
-        unclip.write_atomically(args.json, lambda file: file.write(text.encode()))
+        unclip.write_json(args.json, {"captions": counts, "seed": args.seed, "rows": rows})
 
 
 @torch.no_grad()
@@ -1217,7 +1226,9 @@ def describe(shape, lost, rgb, x, y, r, tilt):
 # ---------------------------------------------------------------- command line
 def run_training(args):
     """Train the whole stack. Other commands: read IMAGE, world, evaluate (COMMAND --help)."""
-    source = World(args.groups, args.seed) if args.data is None else Folder(args.data)
+    if args.data is not None and args.groups is not None:
+        raise ValueError("--groups are the toy world's; leave them out with --data")
+    source = World(args.groups or 6000, args.seed) if args.data is None else Folder(args.data)
     try:
         run(source, Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}))
     except KeyboardInterrupt:
@@ -1261,18 +1272,19 @@ def main(argv=None):
     if command == "read":
         add("image", help="of any size; its middle square is read")
     elif command == "world":
-        add("-o", "--out", default="world.png", help="where to write the sheet")
+        add("-o", "--out", default="world.png", type=unclip.image_name, help="the file to write")
     elif command == "evaluate":
-        add("--weights", default=str(unclip.HERE / "weights/toy.pt"), help="a checkpoint")
+        add("--weights", default=str(unclip.HERE / "weights/toy.pt"), type=unclip.named,
+            help="a checkpoint")
         add("--captions", type=unclip.positive, default=500,
             help="2/5 of one object, 3/5 of two; and as many of held-out pairs as of one")
         add("--conditions", nargs="+", choices=CONDITIONS, default=CONDITIONS,
             help="what the decoder receives as image embedding")
-        add("--json", metavar="PATH", help="write all numbers there, too")
+        add("--json", metavar="PATH", type=unclip.writable, help="write all numbers there, too")
     else:
-        add("--data", metavar="FOLDER", help="your images, NAME.png or another kind, each with its "
-            "caption in NAME.txt (without: the toy world)")
-        add("--groups", type=unclip.positive, default=6000, help="of four scenes in the toy world")
+        add("--data", metavar="FOLDER", type=unclip.named, help="your images, NAME.png or another "
+            "kind, each with its caption in NAME.txt (without: the toy world)")
+        add("--groups", type=unclip.positive, help="of four scenes, in the toy world: 6000")
     unclip.stop_on_error(COMMANDS[command], parser.parse_args(argv))
 
 

@@ -15,7 +15,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle thr
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")        # two processes do not slow each other down
 
 import argparse
+import contextlib
 import copy
+import io
+import json
 import math
 import sys
 import time
@@ -32,7 +35,7 @@ import clip
 import decoder
 import diffusion
 import prior
-from clip import open_image
+from clip import open_image, reading
 
 # ---------------------------------------------------------------- caption -> image
 class UnCLIP:
@@ -440,30 +443,43 @@ def load(path, device="cpu", dtype=torch.float32, clip_path=None, low_memory=Fal
 
 def load_checkpoint(path, device, dtype):
     """Our file -> UnCLIP.   ValueError that names the file and the entry that is wrong."""
-    content, entry, parts = read_checkpoint(path), "config", dict.fromkeys(PARTS)
-    try:
+    content, parts, ours = read_checkpoint(path), dict.fromkeys(PARTS), "a checkpoint of this code"
+    with reading(path, ours):
         config = config_from(Config, content["config"])
-        for entry, weights in content["weights"].items():
-            name = content["classes"][entry]             # never imported by a name out of a file
-            kinds = {kind.__name__: kind for kind in family(PARTS[entry])}
-            if name not in kinds:
-                raise ValueError(f"first import the module that defines {name}")
-            for key, w in weights.items():
-                if w.is_complex() or not w.isfinite().all():
-                    raise ValueError(f"{key} is complex, or not finite")
+        tokenizer = content["tokenizer"] and clip.Tokenizer(**content["tokenizer"])
+        if tokenizer and tokenizer.end != config.clip.vocab_size - 1:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, not config.clip."
+                             f"vocab_size = {config.clip.vocab_size}")
+        for name, value in asdict(config.sampling).items():
+            for number in value if isinstance(value, tuple) else [value]:
+                RANGES[name](number)
+        if not all(isinstance(word, str) for word in content["words"]):
+            raise ValueError("words are no strings")
+        named = {name: content["classes"][name] for name in content["weights"]}
 
-            part = build_part(kinds[name], getattr(config, entry), "meta", dtype)
-            part.load_state_dict(weights, assign=True)
-            for w in part.parameters():                  # buffers stay as they are
-                w.data = w.data.to(dtype)
-            parts[entry] = part.to(device, memory_format=torch.channels_last)
-
-        entry = "tokenizer"
-        tokenizer = content[entry] and clip.Tokenizer(**content[entry])
+    for name, kind in named.items():
+        with reading(f"{name} in {path}", "a part of this code"):
+            parts[name] = load_part(name, kind, getattr(config, name), content["weights"][name],
+                                    dtype).to(device, memory_format=torch.channels_last)
+    with reading(path, ours):
         return UnCLIP(config, parts, tokenizer, content["words"])
-    except Exception as error:                           # whatever comes of wrong contents
-        what = " ".join(f"{'no ' * isinstance(error, KeyError)}{error}".split())[:200]
-        raise ValueError(f"{path} does not fit, see its {entry}: {what}") from None
+
+
+def load_part(name, kind, config, weights, dtype):
+    """One part of a checkpoint, of a class that is ours or was imported.   ValueError or others"""
+    kinds = {kind.__name__: kind for kind in family(PARTS[name])}
+    if kind not in kinds:                                # never imported by a name out of a file
+        raise ValueError(f"first import the module that defines {kind}")
+
+    part = build_part(kinds[kind], config, "meta", dtype)
+    for key, ours in part.state_dict().items():
+        w = weights[key]
+        if w.is_floating_point() != ours.is_floating_point() or not w.isfinite().all():
+            raise ValueError(f"{key} is {w.dtype}, or not finite")
+    part.load_state_dict(weights, assign=True)
+    for w in part.parameters():                          # buffers stay as they are
+        w.data = w.data.to(dtype)
+    return part
 
 
 def family(kind):
@@ -491,34 +507,26 @@ def config_from(kind, plain, name="config"):
 
 def read_checkpoint(path, kind=FORMAT):
     """A file of torch.save -> its content.   FileNotFoundError; ValueError if it is damaged."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}; train one with train_toy.py")
-    try:
-        if zipfile.ZipFile(path).testzip():              # compares the CRC of every entry
-            raise zipfile.BadZipFile
+    with reading(path, "a checkpoint of train_toy.py"):
+        with zipfile.ZipFile(path) as file:
+            if name := file.testzip():                   # compares the CRC of every entry
+                raise ValueError(f"{name} is damaged; make or download the file again")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:               # torch raises many kinds for what is no checkpoint
-        if isinstance(error, PermissionError):
-            raise
-        raise ValueError(f"{path} is not a checkpoint, or is cut short or damaged "
-                         f"({type(error).__name__}); train or download it again") from None
-
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != kind:
-        raise ValueError(f"{path} holds no {kind!r}; make one with train_toy.py")
-    return content
+        if not isinstance(content, dict) or content.get("format") != kind:
+            raise ValueError(f"it holds no {kind!r}")
+        return content
 
 
 def write_atomically(path, write):
     """write(file) beside `path`, then rename: whatever happens, `path` is whole, old or new."""
-    path = Path(os.path.realpath(path))
-    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    target = Path(os.path.realpath(path))
+    beside = target.with_name(f".{os.urandom(4).hex()}.{Path(path).name}")
     try:
         with open(beside, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(beside, target)
     except (OSError, RuntimeError) as error:     # torch's RuntimeError hides that the disk is full
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"could not write {path}: {getattr(cause, 'strerror', cause)}") from None
@@ -546,27 +554,58 @@ def to_pil(x):
 
 def save_grid(images, path, columns):
     """Images (B, 3, H, W) in [-1, 1], row by row with a white rim, to a PNG or JPEG file."""
-    kind, (B, _, H, W) = image_format(path), images.shape
+    path, (B, _, H, W) = image_name(path), images.shape
     rows, gap = math.ceil(B / columns), 0 if B == 1 else max(2, H // 64)
     sheet = Image.new("RGB", (columns * (W + gap) - gap, rows * (H + gap) - gap), "white")
     for i, x in enumerate(images):
         sheet.paste(to_pil(x), (i % columns * (W + gap), i // columns * (H + gap)))
-    write_atomically(path, lambda file: sheet.save(file, kind))
+    write_atomically(path, sheet.save)                   # of the kind that the name says
 
 
-def image_format(name):
-    """Pillow's name for this kind of image file.   ValueError if it cannot be written."""
-    path = Path(name)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind in Image.SAVE and not path.is_dir() and os.access(path.parent, os.W_OK):
-        return kind
-    raise ValueError(f"{str(name)!r} cannot be written: expected a name that ends in .png or .jpg, "
-                     "in a folder that exists and may be written to")
+def save_figure(figure, path, dpi=80):
+    """A figure of matplotlib's, to an image file."""
+    kind = Path(image_name(path)).suffix[1:]
+    write_atomically(path, lambda file: figure.savefig(file, dpi=dpi, format=kind))
+
+
+def write_json(path, content):
+    """Numbers and names, for other programs."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def image_name(path):
+    """The name of an image file that can be written.   OptionError"""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower(), "no kind")
+    try:
+        Image.new("RGB", (64, 64)).save(io.BytesIO(), kind)
+    except Exception:                                    # Pillow only reads some kinds
+        raise OptionError(f"{str(path)!r} cannot be written: expected a name that ends in .png or "
+                          ".jpg") from None
+    return writable(path)
 
 
 # ---------------------------------------------------------------- options and errors
-class RangeError(argparse.ArgumentTypeError, ValueError):
-    """A number out of its range, at the command line (argparse prints it) or in Python."""
+class OptionError(argparse.ArgumentTypeError, ValueError):
+    """A wrong value, at the command line (argparse prints it, with the option) or in Python."""
+
+
+def named(path):
+    """A name that is not "", as of a shell's variable that was never set.   OptionError"""
+    if not str(path):
+        raise OptionError("expected a name, got ''")
+    return path
+
+
+def writable(path):
+    """The name of a file that can be written; refused before minutes of work.   OptionError"""
+    file = Path(path)
+    new = not file.exists() or os.access(file, os.W_OK) and file.suffix != ".pt"
+    if new and str(path) and os.access(file.parent, os.W_OK) and not file.is_dir():
+        return path
+    raise OptionError(f"{str(path)!r} cannot be written: expected a name in a folder that exists, "
+                      "writable both, and no checkpoint's")
+
 
 
 def number(low, high, name="a value"):
@@ -579,13 +618,14 @@ def number(low, high, name="a value"):
         if low <= x <= high:
             return x
         what = "whole" if isinstance(low, int) else "finite"
-        raise RangeError(f"expected {name} from {low} to {high}, a {what} number, got {value!r}")
+        raise OptionError(f"expected {name} from {low} to {high}, a {what} number, got {value!r}")
     return read
 
 
-positive, seed, finite = number(1, 10 ** 9), number(0, 2 ** 64 - 1), number(-1e38, 1e38)
+positive, seed = number(1, 10 ** 6), number(0, 2 ** 64 - 1)
 RANGES = {name: number(low, high, name) for low, high, names in (
     (1, 1000, "n rerank candidates steps prior_steps decoder_steps upsampler_steps"),
+    (0, 1000, "guidance_above"),
     (-100.0, 100.0, "guidance prior_guidance"), (-2.0, 2.0, "strength"), (0.0, 1.0, "eta"))
     for name in names.split()}
 
@@ -601,37 +641,64 @@ def pick_device(name):
     """"cpu", "cuda", "cuda:1", "mps" -> torch.device.   ValueError if the machine has none."""
     try:
         torch.zeros(1, device=name).item()               # "meta" has no items
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"there is no device {name!r} here ({str(error).splitlines()[0]}); "
-                         "use --device cpu") from None
+    except Exception as error:                           # of many kinds
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(f"no device {name!r} here ({reason}); use --device cpu") from None
     torch.backends.cudnn.allow_tf32 = False              # equal seeds, equal images, on CUDA, too
     return torch.device(name)
 
 
-def stop_on_error(run, *args):
-    """Run a command; what the user can mend ends it with one sentence and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")        # a terminal without Unicode
+class Stream:
+    """stdout or stderr. Where it is closed, full or without a reader, work goes on and `error` is
+    kept; what the terminal's encoding has not is printed as \\u...."""
 
-    try:
-        run(*args)
-        print(end="", flush=True)
-        return
-    except BrokenPipeError:                                      # `| head`: quiet, also at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt as stop:
-        message, status = str(stop) or "stopped", 130
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-        message, status = f"error: {error}", 2
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        message, status = (f"error: too large for this machine's memory ({str(error)[:80]}); try "
-                           "--low-memory, --dtype bf16, fewer images").replace("\n", " "), 2
-    print(message, file=sys.stderr)
-    sys.exit(status)
+    def __init__(self, stream):
+        self.stream, self.error = stream or open(os.devnull, "w"), None
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text=""):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError as error:
+            self.error = error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    flush = write
+
+
+def stop_on_error(run, *args):
+    """run(*args), a command: what the user can mend ends it with one sentence, exit status 2."""
+    out, err = Stream(sys.stdout), Stream(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            result, message, status = run(*args), "", 1 if out.error else 0
+        except KeyboardInterrupt as stop:
+            message, status = str(stop) or "stopped", 130
+        except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+            message, status = f"error: {error}", 2
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            reason = str(error).split("\n")[0][:80]
+            message, status = (f"error: too large for this machine's memory ({reason}); try "
+                               "--low-memory, --dtype bf16, fewer images"), 2
+        if message:
+            print(message, file=sys.stderr)
+    if status:
+        sys.exit(status)
+    return result
+
+
+def run_demo(demo, help):
+    """The command of a chapter that shows something: demo(out), out None or an image file."""
+    parser = argparse.ArgumentParser(description=demo.__doc__, allow_abbrev=False)
+    parser.add_argument("-o", "--out", type=image_name, metavar="FILE.png", help=help)
+    stop_on_error(demo, parser.parse_args().out)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -646,7 +713,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def run(draw, out, weights, clip_path, device, dtype, low_memory, seed, **options):
     """What all commands share. options: the arguments of draw(model, ...)."""
     start, device, n = time.perf_counter(), pick_device(device), options["n"]
-    image_format(out)                                    # refused before minutes of drawing
     if low_memory and device.type == "cpu":
         raise ValueError("--low-memory spares the memory of a GPU; give its --device, too")
     given = {name: open_image(options[name]) for name in ("image", "a", "b") if name in options}
@@ -678,9 +744,11 @@ def draw_sample(model, captions, n, steps, **options):
 
 SHARED = {
     "-n": dict(help="how many images"),
-    "-o --out": dict(metavar="PATH", help="the file to write"),
-    "--weights": dict(default=str(HERE / "weights/toy.pt"), help="a file, or a Karlo folder"),
-    "--clip": dict(dest="clip_path", help="ViT-L-14.pt, if a Karlo folder has no image encoder"),
+    "-o --out": dict(metavar="PATH", type=image_name, help="the file to write"),
+    "--weights": dict(default=str(HERE / "weights/toy.pt"), type=named,
+                      help="a file, or a Karlo folder"),
+    "--clip": dict(dest="clip_path", type=named,
+                   help="ViT-L-14.pt, if a Karlo folder has no image encoder"),
     "--device": dict(default="cpu", help="cpu, cuda, mps"),
     "--dtype": dict(default="fp32", choices=DTYPES, help="of the networks"),
     "--low-memory": dict(action="store_true", help="parts come to the device one at a time"),

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import clip
 import train_toy
 import unclip
 from extras import benchmark, karlo
@@ -38,7 +39,8 @@ class Report:
         self.args, self.device = args, torch.device(args.device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.path, self.end = Path(args.out) / "acceptance.json", math.inf
-        self.found = json.loads(self.path.read_text()) if self.path.exists() else {}
+        with clip.reading(self.path, "a report"):
+            self.found = json.loads(self.path.read_bytes()) if self.path.exists() else {}
 
     def left(self):
         """Seconds until the stage must be over."""
@@ -46,7 +48,7 @@ class Report:
 
     def put(self, stage, **values):
         self.found.setdefault(stage, {"rows": []}).update(values)
-        benchmark.write_json(self.path, self.found)
+        unclip.write_json(self.path, self.found)
 
     def row(self, stage, about, work, least=2.0):
         """One more row of a stage: about, and what work() returns, or a note why it does not.
@@ -386,8 +388,9 @@ def acceptance(args):
         if len(report.found) == tried:                   # it dies before it begins
             raise RuntimeError(f"the working process ended at once, exit status {status}")
 
-    (Path(args.out) / "acceptance.md").write_text(tables(report.found) + "\n", encoding="utf-8")
-    print(tables(report.found))
+    text = tables(report.found) + "\n"
+    unclip.write_atomically(Path(args.out) / "acceptance.md", lambda f: f.write(text.encode()))
+    print(text, end="")
 
 
 def work(args):

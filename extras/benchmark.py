@@ -15,7 +15,6 @@ import datetime
 import functools
 import gc
 import importlib.util
-import json
 import math
 import platform
 import sys
@@ -320,12 +319,6 @@ def machine(device):
 # ---------------------------------------------------------------- tables
 
 
-def write_json(path, found):
-    if path:
-        text = json.dumps(found, indent=1) + "\n"
-        unclip.write_atomically(path, lambda file: file.write(text.encode()))
-
-
 def markdown(rows):
     """Dicts -> a Markdown table, with a column for all that any of them has, but for lists."""
     columns = list(dict.fromkeys(c for row in rows for c, value in row.items()
@@ -418,7 +411,9 @@ def run(args):
     if whole:
         print(f"one batch of {args.batch} with the diffusion prior: {flops / 1e12:.4g} TFLOP"
               + (f" in {seconds:.3g} s" if seconds else ""))
-    write_json(args.json, found | {"stages": rows, "total FLOPs": flops, "total seconds": seconds})
+    if args.json:
+        unclip.write_json(args.json, found | {"stages": rows, "total FLOPs": flops,
+                                              "total seconds": seconds})
 
 
 def memory_table(preset, batch=1):
@@ -674,7 +669,8 @@ def compare(args):
     found = about("cpu") | {"runs": args.runs, "rows": rows}
     print(f"{found['machine']}, torch {found['torch']}, {found['date']}", compare_table(rows),
           sep="\n\n")
-    write_json(args.json, found)
+    if args.json:
+        unclip.write_json(args.json, found)
 
 
 def compare_table(rows):
@@ -724,7 +720,8 @@ def main(argv=None):
     one.add_argument("--train", action="store_true", help="a training step instead of sampling")
     one.add_argument("--compile", action="store_true", help="torch.compile the networks")
     one.add_argument("--recompute", action="store_true", help="activation checkpointing")
-    one.add_argument("--limit-seconds", type=unclip.finite, default=10.0, help="for each part")
+    seconds = unclip.number(0.0, 1e6)
+    one.add_argument("--limit-seconds", type=seconds, default=10.0, help="for each part")
     command("memory", "GB that sampling takes, part by part", ("toy", "paper", "karlo"))
     command("sizes", "the paper's table of parameters, and ours")
 
@@ -732,13 +729,13 @@ def main(argv=None):
     other.add_argument("--runs", type=unclip.positive, default=7, help="of each, taking turns")
     other.add_argument("--diffusers", action="store_true", help="its U-Net too, equal weights")
     for sub in (one, other):
-        sub.add_argument("--json", metavar="FILE", help="write the numbers there")
+        sub.add_argument("--json", type=unclip.writable, metavar="FILE", help="for the numbers")
 
     gpu = command("acceptance", "all that only a GPU can show, within --seconds", ("paper", "toy"),
                   batch=8)
     gpu.add_argument("--device", default="cuda", help="cuda; cpu tries the program itself")
     gpu.add_argument("--out", required=True, metavar="FOLDER", help="for the JSON and the tables")
-    gpu.add_argument("--seconds", type=unclip.finite, default=500.0, help="for everything")
+    gpu.add_argument("--seconds", type=seconds, default=500.0, help="for everything")
     gpu.add_argument("--only", nargs="+", metavar="STAGE", help="machine, toy, tests, sampling, "
                      "training, karlo, switches, \"compile decoder\", ...; default: all of them")
     gpu.add_argument("--until", type=float, help=argparse.SUPPRESS)      # of the working process

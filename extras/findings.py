@@ -630,7 +630,7 @@ def measure_table(args):
     if baseline is None:
         print('Without a --baseline "caption alone" is the same decoder with z_i = 0.')
 
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found = read_found(file, key) if file.exists() else {}
     for name in args.only or rows:
         start, finding, picture = time.process_time(), rows[name], args.out / f"{name}.png"
         numbers = measure([model], finding, args.seeds, args.scenes, baseline)
@@ -643,13 +643,18 @@ def measure_table(args):
                        "seconds of one core": round(time.process_time() - start),
                        "machine": f"{platform.machine()}, torch {torch.__version__}"}
         print(f"{name}: {found[name][key]}", flush=True)
-        write_json(file, found)
+        unclip.write_json(file, found)
     print_table({"name": None, "paper": "paper", "here": key}, found)
 
 
-def write_json(path, content):
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    unclip.write_atomically(path, lambda file: file.write(text.encode()))
+def read_found(file, key):
+    """What was measured before: rows of a table, each with its source and its sentence."""
+    with clip.reading(file, "findings, {name: {paper, sentence or answer, ...}}"):
+        found = json.loads(file.read_bytes())
+        for name, row in found.items():
+            if not isinstance(row, dict) or not isinstance(row["paper"] + row[key], str):
+                raise ValueError(f"{name} is no such entry")
+        return found
 
 
 def print_table(columns, found):
@@ -813,7 +818,7 @@ def ablate(args):
             numbers = measure(models, finding, args.seeds, args.scenes)
             found[name] |= {f"{row}: {key}": in_words(numbers, row, f"[{key}]")
                             for key in setting.measures}
-        write_json(args.out / "ablation.json", found)
+        unclip.write_json(args.out / "ablation.json", found)
     print_table({"without": None, **{key: key for key in found["nothing"]}}, found)
 
 
@@ -828,7 +833,7 @@ OPTIONS = {                                       # type, default, help
     "--device": (str, "cpu", "cpu, cuda, mps"),
     "--seed": (unclip.seed, 0, "of all randomness"),
     "--groups": (unclip.positive, 6000, "groups of scenes to train on"),
-    "--steps-scale": (unclip.finite, 1.0, "all training steps times this")}
+    "--steps-scale": (unclip.number(1e-12, 1e6), 1.0, "all training steps times this")}
 COMMANDS = {                                      # function, table, options, their defaults
     "figures": (measure_table, FINDINGS, "--scenes --seeds --out --weights --baseline",
                 {"seeds": 3}),

@@ -115,25 +115,25 @@ def show(name):
 
 
 def main(arguments=None):
+    import unclip
     parser = argparse.ArgumentParser(description="A museum of bugs.", allow_abbrev=False)
     parser.add_argument("name", nargs="?", metavar="NAME", help="an exhibit (without: the list)")
-    parser.add_argument("-o", "--out", metavar="FILE", help="draw what it does to images")
-    args = parser.parse_args(arguments)
-    try:
-        if args.name is None:
-            for name, bug in BUGS.items():
-                print(f"{name}  ({bug.function})\n" + textwrap.indent(
-                    textwrap.fill(bug.history, 92), "    "))
-        elif args.name not in BUGS:
-            raise ValueError(f"expected one of {', '.join(BUGS)}, got {args.name!r}")
-        else:
-            show(args.name)
-            if args.out:
-                print(images(args.name, args.out))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("-o", "--out", type=unclip.image_name, metavar="FILE",
+                        help="draw what it does to images")
+    unclip.stop_on_error(run, parser.parse_args(arguments))
+
+
+def run(args):
+    if args.name is None:
+        for name, bug in BUGS.items():
+            print(f"{name}  ({bug.function})\n"
+                  + textwrap.indent(textwrap.fill(bug.history, 92), "    "))
+    elif args.name not in BUGS:
+        raise ValueError(f"expected one of {', '.join(BUGS)}, got {args.name!r}")
+    else:
+        show(args.name)
+        if args.out:
+            print(images(args.name, args.out))
 
 
 # ---------------------------------------------------------------- the collection
@@ -553,4 +553,4 @@ BUGS = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

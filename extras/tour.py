@@ -6,7 +6,6 @@ Outputs are not stored: they are what you get when you run it (on one core in ha
 """
 import importlib
 import inspect
-import json
 import sys
 import textwrap
 from operator import attrgetter
@@ -205,8 +204,7 @@ def notebook():
 
 
 def write():
-    content = json.dumps(notebook(), indent=1, ensure_ascii=False) + "\n"
-    unclip.write_atomically(HERE / "tour.ipynb", lambda file: file.write(content.encode()))
+    unclip.write_json(HERE / "tour.ipynb", notebook())
     print("wrote extras/tour.ipynb")
 
 

@@ -22,11 +22,6 @@ ROOT = Path(unclip.__file__).parent
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def saves_after_every_step(monkeypatch):
-    monkeypatch.setattr(train_toy, "SAVE_SECONDS", 0.0)
-
-
 @pytest.fixture(scope="module")
 def world():
     """-> config, Data of a small training set, embedded by an untrained CLIP."""
@@ -46,7 +41,7 @@ def few_steps(world, name, state=None, save=None, **changes):
     recipe = replace(train_toy.TOY[name], **{"steps": 6, "batch": 8, "warmup": 1} | changes)
     part = train_toy.fresh_part(name, recipe, data, config, 0)
     batch_loss = train_toy.losses_of(name, part, data, recipe)
-    return part, train_toy.train(part, recipe, batch_loss, 0, state, save)
+    return part, train_toy.train(part, recipe, batch_loss, 0, state, save, save_seconds=0)
 
 
 # ---------------------------------------------------------------- the loop
@@ -361,7 +356,7 @@ def test_the_papers_recipes_are_those_of_its_table_3(name):
 
 # ---------------------------------------------------------------- whole runs, as a user starts them
 
-TINY = ["--groups", "20", "--steps-scale", "0.002", "--batch", "8"]
+TINY = ["--groups", "20", "--steps-scale", "0.002", "--batch", "8", "--save-seconds", "0"]
 
 
 @pytest.fixture

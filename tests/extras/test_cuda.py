@@ -123,9 +123,8 @@ def test_the_toy_trains_by_the_command_and_resumes(tmp_path):
     assert model.sample(CAPTIONS, rerank=1, progress=False).isfinite().all()
 
 
-def test_a_part_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+def test_a_part_goes_on_where_it_was_stopped(tmp_path):
     """Six steps, and the last three of them again, from what was saved after the third."""
-    monkeypatch.setattr(train_toy, "SAVE_SECONDS", 0.0)
     recipe, ends = replace(train_toy.TOY["decoder"], steps=6, batch=4, start=False), []
     state = None
     for start in (0, 3):
@@ -136,7 +135,8 @@ def test_a_part_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
         def save(state):
             torch.save(state, tmp_path / f"{start} {len(state['losses'])}.pt")
 
-        losses = train_toy.train(part, recipe, lambda progress: loss(), state=state, save=save)
+        losses = train_toy.train(part, recipe, lambda progress: loss(), state=state, save=save,
+                                 save_seconds=0)
         ends.append(part.state_dict())
         state = torch.load(tmp_path / "0 3.pt", weights_only=True, map_location="cpu")
         assert len(losses) == 6 and len(state["losses"]) == 3

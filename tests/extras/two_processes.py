@@ -53,7 +53,6 @@ def main(folder):
     config = unclip.toy()
     for part in (config.clip, config.diffusion_prior, config.ar_prior, config.decoder):
         part.vocab_size = len(tokenizer)
-    train_toy.SAVE_SECONDS = 0.0
     data, results = train_toy.Data(source, tokenizer, config, torch.device("cpu")), {}
 
     for name in unclip.PARTS:
@@ -67,7 +66,8 @@ def main(folder):
                 batch_loss = both_shares(name, part, data, recipe)
                 for _ in range(len(state["losses"]) if state else 0):
                     batch_loss(0.0)               # steps that were taken already
-            losses = train_toy.train(part, recipe, batch_loss, 0, state, save)
+            losses = train_toy.train(part, recipe, batch_loss, 0, state, save,
+                                     save_seconds=0)
             return losses, part.state_dict()
 
         def save(state):
