@@ -11,6 +11,9 @@ Transformer that the prior and the decoder share, the tokenizer (byte-level BPE)
 
 Papers: CLIP (Radford et al. 2021: "Sec." without a name), GLIDE (Nichol et al. 2021), unCLIP (2022)
 """
+if __name__ == "__main__":
+    import unclip                    # first: Ctrl-C is one line from then on
+
 import argparse
 import collections
 import contextlib
@@ -596,5 +599,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    import unclip
     unclip.stop_on_error(main)

@@ -10,9 +10,14 @@ The way of one caption through the chapters (Ramesh et al. 2022, fig. 2; "sec." 
             --upsampler1--> 256 px (toy: 64) --upsampler2--> 1024 px (toy: 256)         decoder.py
 """
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle threads sleep, so that
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")        # two processes do not slow each other down
+if os.path.realpath(sys.argv[0]).startswith(os.path.dirname(os.path.realpath(__file__)) + os.sep):
+    usual = sys.excepthook               # a command of ours: Ctrl-C while torch loads is one line
+    sys.excepthook = lambda kind, *more: (
+        print("stopped", file=sys.stderr) if kind is KeyboardInterrupt else usual(kind, *more))
 
 import argparse
 import contextlib
@@ -20,7 +25,6 @@ import copy
 import io
 import json
 import math
-import sys
 import time
 import typing
 import zipfile
@@ -443,42 +447,36 @@ def load(path, device="cpu", dtype=torch.float32, clip_path=None, low_memory=Fal
 
 def load_checkpoint(path, device, dtype):
     """Our file -> UnCLIP.   ValueError that names the file and the entry that is wrong."""
-    content, parts, ours = read_checkpoint(path), dict.fromkeys(PARTS), "a checkpoint of this code"
-    with reading(path, ours):
+    content, parts = read_checkpoint(path), dict.fromkeys(PARTS)
+    with reading(path, "a checkpoint of this code"):
         config = config_from(Config, content["config"])
         tokenizer = content["tokenizer"] and clip.Tokenizer(**content["tokenizer"])
         if tokenizer and tokenizer.end != config.clip.vocab_size - 1:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, not config.clip."
-                             f"vocab_size = {config.clip.vocab_size}")
+            raise ValueError("tokenizer and config.clip.vocab_size do not fit")
         for name, value in asdict(config.sampling).items():
             for number in value if isinstance(value, tuple) else [value]:
                 RANGES[name](number)
-        if not all(isinstance(word, str) for word in content["words"]):
-            raise ValueError("words are no strings")
-        named = {name: content["classes"][name] for name in content["weights"]}
 
-    for name, kind in named.items():
-        with reading(f"{name} in {path}", "a part of this code"):
-            parts[name] = load_part(name, kind, getattr(config, name), content["weights"][name],
-                                    dtype).to(device, memory_format=torch.channels_last)
-    with reading(path, ours):
-        return UnCLIP(config, parts, tokenizer, content["words"])
+        for name, weights in content["weights"].items():
+            with reading(name, "a part of it"):
+                part = load_part(name, content["classes"][name], getattr(config, name), weights)
+            for w in part.parameters():                  # buffers stay as they are
+                w.data = w.data.to(dtype)
+            parts[name] = part.to(device, memory_format=torch.channels_last)
+        return UnCLIP(config, parts, tokenizer, [word.lower() for word in content["words"]])
 
 
-def load_part(name, kind, config, weights, dtype):
-    """One part of a checkpoint, of a class that is ours or was imported.   ValueError or others"""
+def load_part(name, kind, config, weights):
+    """One part of a checkpoint, of a class that is ours or was imported, in its own precision."""
     kinds = {kind.__name__: kind for kind in family(PARTS[name])}
     if kind not in kinds:                                # never imported by a name out of a file
         raise ValueError(f"first import the module that defines {kind}")
-
-    part = build_part(kinds[kind], config, "meta", dtype)
+    part = build_part(kinds[kind], config, "meta")
     for key, ours in part.state_dict().items():
         w = weights[key]
         if w.is_floating_point() != ours.is_floating_point() or not w.isfinite().all():
             raise ValueError(f"{key} is {w.dtype}, or not finite")
     part.load_state_dict(weights, assign=True)
-    for w in part.parameters():                          # buffers stay as they are
-        w.data = w.data.to(dtype)
     return part
 
 

@@ -439,7 +439,8 @@ def load_clip(path, device="cpu", dtype=torch.float32):
     known = settings.get("model_type") == "clip"
     if alone and not (path.parent / "open_clip_config.json").exists():
         sizes = c.image_width, c.image_layers, c.patch, c.image_size
-        small = {c.image_width, c.text_width} <= {64, 128, 192}        # of tests
+        widths = {c.image_width, c.text_width}
+        small = max(widths) < 256 and not any(w % 64 for w in widths if w > 64)    # of tests
         known = numbers and sizes in OPENAIS or small
     if table is OPENAI and not known:
         raise ValueError(f"{path} is not OpenAI's own file, and weights alone leave heads and "

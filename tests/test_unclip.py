@@ -521,13 +521,13 @@ def wrong_contents(good):
         "an unknown schedule": (spoil("config", "decoder", "schedule", value="x"), "decoder"),
         "no words": (spoil("words"), "words"), "no weights": (spoil("weights"), "weights"),
         "a missing weight": (spoil(*key), "image_emb.bias"),
-        "not a number": (spoil(*key, value=bias * torch.nan), "decoder in"),
+        "not a number": (spoil(*key, value=bias * torch.nan), "decoder cannot be read as"),
         "complex": (spoil(*key, value=bias * 1j), "image_emb.bias is torch.complex64"),
         "whole numbers": (spoil(*key, value=bias.int()), "image_emb.bias is torch.int32"),
         "words that are none": (spoil("words", value=torch.ones(2)), "words"),
         "no steps": (spoil("config", "sampling", "decoder_steps", value=0), "decoder_steps from 1"),
         "no merges": (spoil("tokenizer", "merges", value=[]), "merges and vocabulary do not fit"),
-        "another tokenizer": (spoil("config", "clip", "vocab_size", value=514), "tokenizer has"),
+        "another tokenizer": (spoil("config", "clip", "vocab_size", value=514), "tokenizer and"),
         "no decoder": (spoil("weights", "decoder"), "hold no decoder"),
         "of something else": ({"some": "thing"}, "holds no 'unclip 2'"),
     }
@@ -612,7 +612,7 @@ BAD = {
     "--device toaster": "no device 'toaster'", "--device hpu": "no device", "--device meta": "no device 'meta'",
     "--low-memory": "memory of a GPU", "-o no/where.png": "no/where.png",
     "-o out.xyz": "'out.xyz' cannot be", "-o out": "'out' cannot be",
-    "-o out.psd": "'out.psd' cannot be", "-o ": "'' cannot be",
+    "-o out.psd": "'out.psd' cannot be", "-o ": "'' cannot be", "-o out.bufr": "'out.bufr' cannot",
     "--upsampler-steps 2": "2 upsampler_steps", "--decoder-steps 2000": "got '2000'",
     "-n zero": "whole number", "-n 1000000000": "n from 1 to 1000",
     "--guidance nan": "finite number", "--guidance 1e30": "guidance from",
@@ -658,6 +658,27 @@ def test_the_guard_around_every_main(error, status, printed, capsys):
     assert end.value.code == status and printed in capsys.readouterr().err
     with pytest.raises(KeyError):
         unclip.stop_on_error({}.__getitem__, "a mistake of ours keeps its traceback")
+
+
+@pytest.mark.parametrize("streams, status", [(">/dev/full", 1), ("2>/dev/full", 0), (">&-", 0),
+                                             ("2>&-", 0), (">&- 2>&-", 0)])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, as Linux has it")
+def test_what_cannot_be_printed_is_still_written_and_the_exit_status_is_honest(tmp_path, streams,
+                                                                               status):
+    code = ("import sys, unclip; unclip.stop_on_error(lambda: (print('a'), print('b', file=sys."
+            "stderr), unclip.write_json('a.json', {})))")
+    line = f'PYTHONPATH="{ROOT}" "{sys.executable}" -c "{code}" {streams}'
+    run = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == status and "Error" not in run.stderr, run.stderr
+    assert (tmp_path / "a.json").read_text() == "{}\n"
+
+
+def test_no_checkpoint_is_overwritten_by_an_option(tmp_path):
+    for name in ("a.pt", "a.json"):
+        (tmp_path / name).touch()
+    assert unclip.writable(tmp_path / "a.json") and unclip.writable(tmp_path / "new.json")
+    with pytest.raises(ValueError, match="no checkpoint's"):
+        unclip.writable(tmp_path / "a.pt")
 
 
 def test_a_terminal_without_unicode_and_a_closed_pipe_are_no_errors():

@@ -54,6 +54,15 @@ def test_every_finding_draws_a_figure_and_gives_numbers_even_if_nothing_was_lear
     assert all(abs(x) < 1e9 for pair in row["numbers"].values() for x in pair)
 
 
+@pytest.mark.parametrize("content", ['["mine"]', '{"pca": "mine"}', '{"pca": {}}', "{", "3"])
+def test_what_is_no_table_of_findings_is_named_and_kept(weights, tmp_path, capsys, content):
+    (tmp_path / "findings.json").write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        findings.main(["figures", "--weights", str(weights), "--out", str(tmp_path)])
+    assert "findings.json cannot be read as findings" in capsys.readouterr().err
+    assert (tmp_path / "findings.json").read_text() == content
+
+
 @pytest.mark.long
 def test_the_other_commands_run(weights, tmp_path, capsys):
     where = ["--scenes", "2", "--weights", str(weights)]
