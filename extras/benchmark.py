@@ -734,7 +734,8 @@ def main(argv=None):
     gpu = command("acceptance", "all that only a GPU can show, within --seconds", ("paper", "toy"),
                   batch=8)
     gpu.add_argument("--device", default="cuda", help="cuda; cpu tries the program itself")
-    gpu.add_argument("--out", required=True, metavar="FOLDER", help="for the JSON and the tables")
+    gpu.add_argument("--out", type=unclip.named, required=True, metavar="FOLDER",
+                     help="for the JSON and the tables")
     gpu.add_argument("--seconds", type=seconds, default=500.0, help="for everything")
     gpu.add_argument("--only", nargs="+", metavar="STAGE", help="machine, toy, tests, sampling, "
                      "training, karlo, switches, \"compile decoder\", ...; default: all of them")

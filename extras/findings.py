@@ -625,12 +625,13 @@ def measure_table(args):
     figures, rows = args.command == "figures", COMMANDS[args.command][1]
     key, file = ("sentence", "findings.json") if figures else ("answer", "experiments.json")
     args.out.mkdir(parents=True, exist_ok=True)
-    model, file = unclip.load(args.weights), args.out / file
+    file = unclip.writable(args.out / file)
+    found = read_found(file, key) if file.exists() else {}
+    model = unclip.load(args.weights)
     baseline = unclip.load(args.baseline) if args.baseline else None
     if baseline is None:
         print('Without a --baseline "caption alone" is the same decoder with z_i = 0.')
 
-    found = read_found(file, key) if file.exists() else {}
     for name in args.only or rows:
         start, finding, picture = time.process_time(), rows[name], args.out / f"{name}.png"
         numbers = measure([model], finding, args.seeds, args.scenes, baseline)
@@ -667,10 +668,11 @@ def print_table(columns, found):
 
 def gallery(args):
     """Draw six captions, the first images of the README: OUT/gallery.png."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = unclip.image_name(args.out / "gallery.png")
     model = unclip.load(args.weights, unclip.pick_device(args.device))
     images = model.sample(GALLERY, generator=torch.Generator().manual_seed(args.seed))
-    args.out.mkdir(parents=True, exist_ok=True)
-    draw_grid(args.out / "gallery.png", {"": images}, GALLERY, "", inches=2.0)
+    draw_grid(path, {"": images}, GALLERY, "", inches=2.0)
     print("the parser reads: " + "; ".join(caption(train_toy.read(x)) for x in images))
 
 
@@ -806,6 +808,8 @@ def lines_of(code):
 
 def ablate(args):
     """Train without each trick, over some seeds: a table, OUT/ablation.json and checkpoints."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = unclip.writable(args.out / "ablation.json")
     found, sets = {}, {"two objects": {"two": True}, "held out": {"split_of": "held-out"}}
     for name in ["nothing", *(args.only or TRICKS)]:
         models = [train_without(name, seed, args) for seed in range(args.seeds)]
@@ -818,18 +822,22 @@ def ablate(args):
             numbers = measure(models, finding, args.seeds, args.scenes)
             found[name] |= {f"{row}: {key}": in_words(numbers, row, f"[{key}]")
                             for key in setting.measures}
-        unclip.write_json(args.out / "ablation.json", found)
+        unclip.write_json(file, found)
     print_table({"without": None, **{key: key for key in found["nothing"]}}, found)
 
 
 # ---------------------------------------------------------------- command line
 
+def path(name):
+    return Path(unclip.named(name))
+
+
 OPTIONS = {                                       # type, default, help
     "--scenes": (unclip.number(2, 10 ** 6), None, "of each seed; few make it quick"),
-    "--out": (Path, unclip.HERE / "pictures", "the folder to write into"),
+    "--out": (path, unclip.HERE / "pictures", "the folder to write into"),
     "--seeds": (unclip.positive, 1, "runs of each setting"),
-    "--weights": (Path, unclip.HERE / "weights/toy.pt", "a checkpoint"),
-    "--baseline": (Path, None, "a checkpoint trained on captions alone"),
+    "--weights": (path, unclip.HERE / "weights/toy.pt", "a checkpoint"),
+    "--baseline": (path, None, "a checkpoint trained on captions alone"),
     "--device": (str, "cpu", "cpu, cuda, mps"),
     "--seed": (unclip.seed, 0, "of all randomness"),
     "--groups": (unclip.positive, 6000, "groups of scenes to train on"),

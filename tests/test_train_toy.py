@@ -87,7 +87,8 @@ def test_the_average_follows_the_weights_with_the_stated_decay():
 
     def save(state):
         after.append(state["model"]["weight"].item())
-    train_toy.train(part, recipe, lambda p: part(torch.ones(1)).sum(), save=save)
+    train_toy.train(part, recipe, lambda p: part(torch.ones(1)).sum(), save=save,
+                    save_seconds=0)
     for step, w in enumerate(after):
         d = min(0.2, (1 + step) / (10 + step))
         average = d * average + (1 - d) * w

@@ -75,7 +75,7 @@ def test_other_modes_keep_their_grey_levels_and_photos_are_turned_upright(photo,
 
 
 def test_files_that_are_no_images_are_refused_by_name(photo, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="gone.png cannot be read: No such file.*; expected an image"):
+    with pytest.raises(FileNotFoundError, match="gone.png cannot be read: .*; expected an image"):
         clip.preprocess(tmp_path / "gone.png", 16)
     photo.save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
@@ -171,7 +171,8 @@ def test_the_demo_finds_the_caption_of_each_image(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["gone.png", "a"], "gone.png cannot be read: No such file"), (["gone.png"], "captions after the image"),
+    (["gone.png", "a"], "gone.png cannot be read: No such file"),
+    (["gone.png"], "captions after the image"),
     (["x.png", "a", "--vocab", "v.txt"], "--weights and --vocab"),
     (["x.png", "a", "--weights", "w.pt"], "--weights and --vocab"),
     (["x.png", "a", "--device", "abacus"], "abacus")])

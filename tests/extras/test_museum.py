@@ -34,9 +34,10 @@ def test_the_chapters_quick_tests_notice_the_bug_and_name_it(name):
 
 
 def test_the_command_lists_them_and_shows_one(capsys):
-    assert museum.main([]) == 0
+    museum.main([])
     assert all(name in capsys.readouterr().out for name in ["variance_times_noise"])
-    assert museum.main(["the_other_convention"]) == 0
+    museum.main(["the_other_convention"])
     said = capsys.readouterr().out
     assert "- uncond + scale * (cond - uncond)" in said and "Ho & Salimans" in said
-    assert museum.main(["no_such_bug"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        museum.main(["no_such_bug"])
