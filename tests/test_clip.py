@@ -1,6 +1,6 @@
 """Chapter 2, CLIP: its loss and zero-shot, the encoders, the Transformer, the tokenizer.
 
-Image files, wrong input and the program: extras/test_clip_doors.py; golden numbers: test_karlo.py.
+Image files and the program: extras/test_clip_doors.py; golden numbers: test_karlo.py.
 """
 import copy
 import itertools
@@ -160,6 +160,23 @@ def test_z_i_comes_from_the_class_token(model, images):
         h = block(h)
     assert torch.allclose(model.encode_image(images[:2]), e.ln_out(h[:, 0]) @ e.proj, atol=1e-4), \
         "standardised as CLIP was trained, ln, class token first?"
+
+
+def test_wrong_sizes_and_missing_halves_are_refused():
+    config, images = clip.CLIPConfig(image_layers=1, text_layers=1), torch.zeros(2, 3, 32, 32)
+    model = clip.CLIP(config)
+    config.image_layers = config.text_layers = 0
+    half, long = clip.CLIP(config), torch.zeros(1, 17, dtype=torch.long)
+    for message, call, given in [
+            (r"\(B, 3, 32, 32\), got \(2, 3, 8, 32\)", model.encode_image, images[:, :, :8]),
+            ("at most 16 tokens, got 17", model.encode_text, long),
+            ("multiple of 3 heads, got 8", lambda width: clip.Block(width, 3, layers=1), 8),
+            ("no image encoder", half.encode_image, images),
+            ("no text encoder", half.encode_text, long[:, :8]),
+            *(("as a string", lambda text: clip.Tokenizer([])(["a", text], 8), wrong)
+              for wrong in (3, None, b"a", ["a"]))]:
+        with pytest.raises(ValueError, match=message):
+            call(given)
 
 
 def test_every_weight_starts_with_the_std_of_openais_clip():
@@ -403,6 +420,17 @@ def test_captions_are_between_start_and_end_and_zeros_follow(tokenizer):
     mask = clip.token_mask(tokens, tokenizer.end)
     assert mask.sum(1).tolist() == [2, 5, 3], "find the padding by the first end, not by its zeros"
     assert (mask == (torch.arange(7) < mask.sum(1, keepdim=True))).all()
+
+
+def test_a_tokenizer_survives_a_checkpoint_and_takes_ids_from_a_vocabulary(tmp_path):
+    tokenizer, text = clip.Tokenizer.train(["a red circle", "a blue square"], 540), "a red square"
+    torch.save(tokenizer.state(), tmp_path / "tokenizer.pt")
+    again = clip.Tokenizer(**torch.load(tmp_path / "tokenizer.pt", weights_only=True))
+    assert again.state() == tokenizer.state() and again.encode(text) == tokenizer.encode(text)
+    last = len(tokenizer) - 1
+    mirrored = clip.Tokenizer(tokenizer.merges, {t: last - i for t, i in tokenizer.ids.items()})
+    assert mirrored.encode(text) == [last - i for i in tokenizer.encode(text)]
+    assert mirrored.decode(mirrored(text, 20)[0]) == text
 
 
 def test_training_joins_the_most_frequent_pair_first_and_ties_go_by_the_alphabet(tokenizer):

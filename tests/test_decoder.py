@@ -2,12 +2,14 @@
 
 What starts at zero would let mistakes pass, so the networks under test are `filled` first.
 """
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import clip
 import decoder
@@ -415,3 +417,98 @@ def test_a_blur_is_a_gaussian_that_mirrors_at_the_edges_and_mixes_no_channels(mo
     assert same(got, want / total, 1e-12), "do the edges go dark?"
     grad, = torch.autograd.grad(got[1, 2].pow(2).sum(), x)
     assert grad.abs().sum((2, 3)).nonzero().tolist() == [[1, 2]], "rows or channels mixed"
+
+
+# ---------------------------------------------------------------- BSR
+class Script:
+    """A random generator that draws what it is given; `asked` is what it was asked for."""
+    def __init__(self, *draws):
+        self.draws, self.asked = list(draws), []
+
+    def __getattr__(self, name):
+        return lambda *given, **_: self.asked.append((name, *given)) or self.draws.pop(0)
+
+
+@pytest.mark.parametrize("draws, want", [
+    ((0.25, ["fit", "noise", "downsample", "jpeg", "blur"], 0.9),
+     [("downsample", 4), ("noise",), ("resize", (16, 24)), ("blur", 4), ("jpeg",)]),
+    ((0.24, 0.49, ["jpeg", "blur", "downsample", "noise", "fit"], 0.89),
+     [("resize", (32, 48)), ("jpeg",), ("blur", 2), ("downsample", 2), ("noise",),
+      ("resize", (16, 24)), ("jpeg",)]),
+    ((0.24, 0.5, ["blur", "fit", "jpeg", "noise", "downsample"], 0.9),
+     [("blur", 2), ("downsample", 2), ("noise",), ("resize", (16, 24)), ("jpeg",)])])
+def test_bsr_takes_its_steps_in_the_order_drawn(draws, want, monkeypatch):
+    """A quarter is halved first; the resize to a fixed size comes after the other, JPEG last."""
+    image, steps = rand(3, 64, 96).sign().double(), []
+    for name in ("blur", "downsample", "resize", "noise", "jpeg"):
+        def spy(x, *given, name=name):
+            steps.append((name, *given[:-1]))
+            return F.interpolate(x, given[0]) if name == "resize" else x
+        monkeypatch.setattr(decoder, f"random_{name}", spy)
+    got, x = decoder.bsr_degrade(image, Script(*draws)), (image[None].float() + 1) / 2
+    assert steps == want, "blur, downsample, fit, noise, JPEG; halved images count half"
+    if draws[1] == 0.5:
+        x = F.interpolate(x, (32, 48), mode="bicubic", antialias=True).clamp(0, 1)
+    assert got.dtype == torch.float32 and same(got, 2 * F.interpolate(x, (16, 24))[0] - 1), "range"
+    for wrong in (image[:, :62], image[:, :, :66], image[:, :60], image[..., :60], 1.01 * image):
+        with pytest.raises(ValueError, match="expected sides 4 k >= 64"):
+            decoder.bsr_degrade(wrong, Script())
+
+
+@pytest.mark.parametrize("factor, draws, radius, angle, along, across", [
+    (4, (0.49, 14, 0.1, np.array([0.2, 0.7])), 7, 0.1 * math.pi, 1.6, 0.6),
+    (2, (0.49, 5, 0.8, np.array([0.2, 0.7])), 2, 0.8 * math.pi, 1.2, 0.45),
+    (4, (0.5, 7, 0.2), 3, 0.0, 0.56 ** 2, 0.56 ** 2)])
+def test_a_random_blur_is_the_gaussian_of_its_draws(factor, draws, radius, angle, along, across):
+    """Turned and stretched half of the time: weight exp(-u^2 / 2 along - v^2 / 2 across)."""
+    rng, dot, want = Script(*draws), torch.zeros(2, 1, 3, 17, 17).double(), 0.0
+    dot[0, ..., 8, 8] = 1
+    for dy, dx in np.ndindex(2 * radius + 1, 2 * radius + 1):
+        y, x = dy - radius, dx - radius
+        u = x * math.cos(angle) + y * math.sin(angle)
+        v = y * math.cos(angle) - x * math.sin(angle)
+        dot[1, ..., 8 + y, 8 + x] = math.exp(-u ** 2 / (2 * along) - v ** 2 / (2 * across))
+    assert same(decoder.random_blur(dot[0], factor, rng), dot[1] / dot[1, 0, 0].sum(), 1e-12), \
+        "along and across are variances; of a round blur the std is drawn"
+    assert rng.asked[1] == (("integers", 5, 8) if angle == 0 else ("integers", 5, 15))
+
+
+def test_random_resizes_are_without_antialias_and_the_kept_pixel_is_a_blocks_centre():
+    x = 1.5 * rand(1, 3, 64, 96).double()
+    for number, mode in enumerate(("bilinear", "bicubic", "area")):
+        rng = Script(0.79, 2.5, number)
+        want = F.interpolate(x, (25, 38), mode=mode).clamp(0, 1)
+        assert same(decoder.random_downsample(x, 4, rng), want, 1e-12), f"{mode}, in [0, 1]"
+        assert rng.asked == [("random",), ("uniform", 1, 8), ("integers", 3)]
+
+    # a parabola, blurred, is higher by the variance: i^2 at the centre of each block, + sigma^2
+    rng, i = Script(0.8, 1.2), torch.arange(64).double()
+    got = decoder.random_downsample((i[:, None] ** 2 + 3 * i ** 2).expand(1, 3, 64, 64), 4, rng)
+    y = (4 * torch.arange(16) + 1.5).double() ** 2 + 1.2 ** 2
+    want = (y[:, None] + 3 * y)[4:12, 4:12].expand(1, 3, 8, 8)
+    assert same(got[..., 4:12, 4:12], want, 1e-8), "sigma is a std; the centre is (factor - 1) / 2"
+    assert rng.asked[1][1:] == (0.1, 0.6 * 4) and got.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("level, kind, more", [
+    (2, 0.39, ()), (1, 0.79, ()), (1, 0.4, ()), (1, 0.8, (rand(3, 3).numpy(), np.arange(3) / 3))])
+def test_noise_has_the_covariance_of_its_kind(level, kind, more):
+    n, grey, edges = 1 if kind in (0.4, 0.79) else 3, torch.full((1, 3, 8, 8), 0.5), rand(1, 3, 8, 8)
+    draws = (level, kind, *more, 9 * np.eye(n, 64, dtype=np.float32))      # each source once
+    rng, edges = Script(*draws), edges.sign().relu()
+    noise = decoder.random_noise(grey, rng) - grey
+    A, D = (np.linalg.svd(more[0])[0], np.diag(more[1])) if more else (np.eye(3), 4 * np.eye(3))
+    want = {3: A.T @ D @ A * 4 if more else level ** 2 * np.eye(3), 1: level ** 2 * np.ones((3, 3))}
+    mix = 255 / 9 * noise[0].flatten(1)[:, :n]
+    assert np.allclose(mix @ mix.T, want[n], atol=1e-3), "levels are stds; D holds variances"
+    assert same(decoder.random_noise(edges, Script(*draws)), (edges + noise).clamp(0, 1)), "range"
+    assert rng.asked[0] == ("integers", 1, 3) and rng.asked[-1] == ("standard_normal", (n, 64))
+
+
+def test_jpeg_is_what_a_file_of_that_quality_holds():
+    x, rng, file = rand(1, 3, 16, 24).sigmoid(), Script(80), io.BytesIO()
+    pixels = np.floor(255 * x[0].permute(1, 2, 0).double().numpy() + 0.5).astype(np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG", quality=80)
+    want = torch.from_numpy(np.array(Image.open(file)) / 255).permute(2, 0, 1)[None].float()
+    assert torch.equal(decoder.random_jpeg(x, rng), want), "rounded, not cut; RGB, in [0, 1]"
+    assert rng.asked == [("integers", 80, 96)]

@@ -162,6 +162,8 @@ def test_rows_are_independent_dtypes_kept_and_arguments_left_alone(ab, images, n
     close(got.reshape(3, -1), flat.reshape(3, -1), f"{name} must take any shape, (B, D) too")
     single = CALLS[name](ab, a.float(), b.float(), c.float(), t, s)
     assert single.dtype == torch.float32, f"{name} must return x's dtype, not the table's"
+    away = CALLS[name](ab, a.to("meta"), b.to("meta"), c.to("meta"), t, s)     # another device
+    assert away.device.type == "meta", f"{name}: coefficients must travel to where x is"
 
 
 def test_float32_data_lose_no_digits_at_either_end():
@@ -343,6 +345,18 @@ def test_with_one_generator_for_each_image_images_do_not_depend_on_their_batch(a
     for generators in ([seed()] * 4, []):
         with pytest.raises(ValueError, match=f"got {len(generators)} generators for 6 rows"):
             sample(x, generators)
+
+
+def test_sampling_keeps_no_gradients_and_has_a_bar_only_if_it_has_a_name(ab, images, monkeypatch):
+    bars, x, weight = [], images[0], torch.ones((), requires_grad=True)
+    monkeypatch.setattr(diffusion, "tqdm", lambda steps, **more: bars.append(more) or steps)
+    for name, f in itertools.product(["name", None], ("sample", "invert", "inpaint")):
+        seen, known = [], (x, x > 0) if f == "inpaint" else ()
+        got = getattr(diffusion, f)(lambda x, t: seen.append(t) or weight * x, ab, x, *known,  # noqa: B023
+                                    [1, 20], progress=name)
+        assert not got.requires_grad, f"{f} keeps the gradients of all its steps: no_grad"
+        assert bars.pop() == {"desc": name, "leave": False, "disable": name is None}, f
+    assert seen == [20] * 10 + [1], "each step of RePaint 10 times, the last once"
 
 
 def test_inpainting_repeats_each_step_and_goes_back_up_by_the_forward_process(ab, images, rigged):
