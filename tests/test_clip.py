@@ -92,6 +92,7 @@ def test_zero_shot_is_a_softmax_of_scaled_cosines_over_the_captions(model, token
         weight = [math.exp(model.scale().item() * float(z_i[i] @ z)) for z in z_t]
         want = torch.tensor([w / sum(weight) for w in weight])
         assert torch.allclose(got[i], want, atol=1e-5), "each row (image) should sum to 1"
+    assert not got.requires_grad, "no training here: no_grad"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -183,7 +184,7 @@ def test_every_weight_starts_with_the_std_of_openais_clip():
     torch.manual_seed(0)
     W, L = 256, 3
     c = clip.CLIPConfig(embed_dim=128, image_size=64, patch=4, image_width=W, image_layers=L,
-                        vocab_size=900, context=64, text_width=W, text_layers=L)
+                        image_heads=2, vocab_size=900, context=64, text_width=W, text_layers=L)
     model = clip.CLIP(c)
     std = {"image.cls": W ** -0.5, "image.pos": W ** -0.5, "image.proj": W ** -0.5,
            "text.proj": W ** -0.5, "text.pos": 0.01, "text.tok.weight": 0.02}
@@ -191,6 +192,9 @@ def test_every_weight_starts_with_the_std_of_openais_clip():
              "proj": (2 * L * W) ** -0.5, "fc2": (2 * L * W) ** -0.5}
     for half, n, (layer, value) in itertools.product(["image", "text"], range(L), block.items()):
         std[f"{half}.blocks.{n}.{layer}.weight"] = value
+    for half, heads in ((model.image, 2), (model.text, 4)):
+        kinds = {(block.heads, block.activation) for block in half.blocks}
+        assert kinds == {(heads, "quick_gelu")}, f"{kinds}: of the other half, or the default?"
     weights = dict(model.named_parameters())
     for name, want in std.items():
         got = weights[name].std().item()

@@ -197,19 +197,26 @@ def test_guidance_in_an_interval_is_the_plain_network_at_small_t(model):
     assert rows[::2] == [16, 8, 8], "half the work below"
     a, b = (model.sample(Z_I, TEXT, 4, 4.0, seed(), guidance_above=above) for above in (0, 1000))
     assert torch.equal(b, model.sample(Z_I, TEXT, 4, 1.0, seed())) and not same(a, b)
+    a, b = (model.decode_latent(Z_I, X_T, TEXT, 3, guidance=4.0, guidance_above=above)
+            for above in (0, 1000))
+    assert not same(a, b), "DDIM has the same option"
 
 
 @pytest.mark.parametrize("predicts", ["eps", "x0", "v"])
-def test_the_loss_is_the_error_of_the_prediction_that_sampling_uses(model, predicts, monkeypatch):
+def test_the_loss_is_the_error_of_the_prediction_that_sampling_uses(
+        model, upsampler, predicts, monkeypatch):
     """Training and sampling are one function: no other timestep, order or scale."""
-    model.config.predicts, eps, ab = predicts, rand(8, 3, 8, 8), model.alphabar[T].view(8, 1, 1, 1)
+    model.config.predicts = upsampler.config.predicts = predicts
+    eps, ab, low = rand(8, 3, 8, 8), model.alphabar[T].view(8, 1, 1, 1), rand(8, 3, 2, 2)
     x_t = (ab.sqrt() * IMAGES + (1 - ab).sqrt() * eps).float()
     want = {"eps": eps, "x0": IMAGES, "v": ab.sqrt() * eps - (1 - ab).sqrt() * IMAGES}[predicts]
     out = model.denoiser(Z_I, TEXT)(x_t, T)[:, :3]
+    up = upsampler(x_t, T, decoder.enlarge(low, 8))[:, :3]
     monkeypatch.setattr(diffusion, "vlb_loss", lambda *_: 0.0)
     monkeypatch.setattr(torch, "randn_like", lambda x: eps)
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.ones(shape))       # drop nothing
-    assert same(model.loss(IMAGES, Z_I, TEXT, T), (out - want).pow(2).mean((1, 2, 3)).float())
+    for got, out in ((model.loss(IMAGES, Z_I, TEXT, T), out), (upsampler.loss(IMAGES, low, T), up)):
+        assert same(got, (out - want).pow(2).mean((1, 2, 3)).float())
 
 
 def test_training_drops_embeddings_and_captions_independently(model, monkeypatch):
@@ -243,20 +250,29 @@ def test_sampling_is_ddpm_with_the_learned_variance_and_clamped_x0(model, predic
 
 
 def test_inpainting_keeps_the_known_pixels_and_draws_the_others(model):
-    mask = (torch.arange(8) < 4).float().expand(8, 1, 8, 8)
+    mask, calls = (torch.arange(8) < 4).float().expand(8, 1, 8, 8), []
+    model.unet.register_forward_hook(lambda *_: calls.append(1))
     a, b, c = (model.sample(Z_I, TEXT, 3, 2.0, seed(number), known=IMAGES, mask=mask, resample=2)
                for number in (1, 1, 2))
     assert same(a[..., :4], IMAGES[..., :4]) and a.abs().max() <= 1, "mask 1 is known"
     assert torch.equal(a, b) and not same(a, c) and not same(a[..., 4:], IMAGES[..., 4:])
+    assert len(calls) == 3 * 5, "of 3 steps the first two are made `resample` = 2 times"
 
 
-def test_inversion_and_its_way_back(model):
-    """A fresh decoder predicts eps = 0: x_u = x sqrt(ab_u / ab_1) up, and exactly down again."""
-    fresh = decoder.Decoder(decoder_config())
+@pytest.mark.parametrize("predicts", ["eps", "v"])
+def test_inversion_and_its_way_back(model, predicts):
+    """A fresh decoder predicts 0. eps = 0 leaves the signal, v = 0 both: a turn by an angle."""
+    fresh = decoder.Decoder(decoder_config(predicts=predicts))
+    ab, angle, steps = fresh.alphabar, fresh.alphabar.sqrt().acos(), fresh.ddim_timesteps(5)
+
+    def along(path):
+        pairs = torch.tensor([*zip(path, path[1:])]).T
+        factors = {"eps": (ab[pairs[1]] / ab[pairs[0]]).sqrt(), "v": angle[pairs].diff(dim=0).cos()}
+        return factors[predicts].prod().float()
     x_T = fresh.invert(IMAGES, Z_I, TEXT, 5)
-    assert same(x_T, IMAGES * (fresh.alphabar[997] / fresh.alphabar[1]).sqrt().float())
+    assert steps[0] == 1 and steps[-1] == 997 and same(x_T, IMAGES * along(steps))
     back = fresh.decode_latent(Z_I, x_T, TEXT, 5)
-    assert same(back, (IMAGES / fresh.alphabar[1].sqrt().float()).clamp(-1, 1))
+    assert same(back, (x_T * along([*steps[::-1], 0])).clamp(-1, 1))
     fresh.config.T = 100
     assert fresh.ddim_timesteps(10)[::9] == [1, 99], "up to T - 0.3 %, at most T - 1"
     a, b, c, d = (model.decode_latent(Z_I, X_T, TEXT, 5, eta, generator=seed(number))
@@ -318,11 +334,14 @@ def test_a_fresh_residual_upsampler_enlarges_bicubically_in_any_number_of_steps(
 
 
 def test_upsampling_is_ddim_stays_in_range_and_leaves_its_input_alone(upsampler):
-    low, g, first = rand(2, 3, 4, 4).clamp(-1, 1), seed(1), seed(1)
+    low, g, first, upsampler.config.predicts = rand(2, 3, 4, 4).clamp(-1, 1), seed(1), seed(1), "v"
     before, a, b = low.clone(), upsampler.sample(low, 4, g), upsampler.sample(low, 4, seed(1))
     assert a.shape == (2, 3, 16, 16) and a.abs().max() <= 1 and torch.equal(a, b)
     assert torch.equal(low, before)
-    torch.randn(2, 3, 16, 16, generator=first)
+    want = diffusion.sample(
+        lambda x, t: upsampler(x, t, decoder.enlarge(low, 16)), upsampler.alphabar, torch.randn(
+            2, 3, 16, 16, generator=first), [1, 334, 667, 1000], predicts="v", clamp=1.0, eta=0.0)
+    assert torch.equal(a, want)
     assert torch.equal(first.get_state(), g.get_state()), "eta = 0 draws x_T and nothing more"
     for steps, want in [(27, diffusion.glide27_timesteps(1000)), (20, list(range(1, 1000, 50))),
                         (15, list(range(1, 1000, 67))), (4, [1, 334, 667, 1000]), (1, [1000]),
@@ -360,6 +379,18 @@ def test_the_second_upsampler_trains_on_bsr_degradations(upsampler):
     difference = (decoder.shrink(x0, 16) - low).abs().mean()
     assert 0.003 < difference < 0.3, f"{difference}: degraded, but the same window"
     assert not torch.equal(low, upsampler.prepare(high)[1]), "each batch its own degradation"
+
+
+def test_every_sampler_names_its_bar_and_z_i_becomes_a_unit_vector(model, upsampler, monkeypatch):
+    names, given = [], (Z_I, TEXT, 2)
+    monkeypatch.setattr(diffusion, "tqdm", lambda steps, desc, **_: names.append(desc) or steps)
+    model.sample(*given, progress="sample"), model.invert(X_T, *given, progress="invert")
+    model.sample(*given, known=IMAGES, mask=IMAGES[:, :1] > 0, resample=1, progress="inpaint")
+    model.decode_latent(Z_I, X_T, TEXT, 2, progress="decode")
+    upsampler.sample(IMAGES, 2, progress="enlarge")
+    assert names == ["sample", "invert", "inpaint", "decode", "enlarge"]
+    fresh = decoder.Decoder(decoder_config())
+    assert same(fresh.scale(3 * Z_I), Z_I) and not fresh.null_image.any()
 
 
 # ---------------------------------------------------------------- degradations
@@ -493,14 +524,16 @@ def test_random_resizes_are_without_antialias_and_the_kept_pixel_is_a_blocks_cen
 @pytest.mark.parametrize("level, kind, more", [
     (2, 0.39, ()), (1, 0.79, ()), (1, 0.4, ()), (1, 0.8, (rand(3, 3).numpy(), np.arange(3) / 3))])
 def test_noise_has_the_covariance_of_its_kind(level, kind, more):
-    n, grey, edges = 1 if kind in (0.4, 0.79) else 3, torch.full((1, 3, 8, 8), 0.5), rand(1, 3, 8, 8)
+    n, grey = 1 if kind in (0.4, 0.79) else 3, torch.full((1, 3, 8, 8), 0.5)
     draws = (level, kind, *more, 9 * np.eye(n, 64, dtype=np.float32))      # each source once
-    rng, edges = Script(*draws), edges.sign().relu()
+    rng, edges = Script(*draws), rand(1, 3, 8, 8).sign().relu()
     noise = decoder.random_noise(grey, rng) - grey
-    A, D = (np.linalg.svd(more[0])[0], np.diag(more[1])) if more else (np.eye(3), 4 * np.eye(3))
-    want = {3: A.T @ D @ A * 4 if more else level ** 2 * np.eye(3), 1: level ** 2 * np.ones((3, 3))}
+    want = level ** 2 * (np.eye(3) if n == 3 else np.ones((3, 3)))
+    if more:
+        A = np.linalg.svd(more[0])[0]
+        want = 2 ** 2 * A.T @ np.diag(more[1]) @ A
     mix = 255 / 9 * noise[0].flatten(1)[:, :n]
-    assert np.allclose(mix @ mix.T, want[n], atol=1e-3), "levels are stds; D holds variances"
+    assert np.allclose(mix @ mix.T, want, atol=1e-3), "levels are stds; D holds variances"
     assert same(decoder.random_noise(edges, Script(*draws)), (edges + noise).clamp(0, 1)), "range"
     assert rng.asked[0] == ("integers", 1, 3) and rng.asked[-1] == ("standard_normal", (n, 64))
 

@@ -352,8 +352,8 @@ def test_sampling_keeps_no_gradients_and_has_a_bar_only_if_it_has_a_name(ab, ima
     monkeypatch.setattr(diffusion, "tqdm", lambda steps, **more: bars.append(more) or steps)
     for name, f in itertools.product(["name", None], ("sample", "invert", "inpaint")):
         seen, known = [], (x, x > 0) if f == "inpaint" else ()
-        got = getattr(diffusion, f)(lambda x, t: seen.append(t) or weight * x, ab, x, *known,  # noqa: B023
-                                    [1, 20], progress=name)
+        network = lambda x, t: seen.append(t) or weight * x                # noqa: B023, E731
+        got = getattr(diffusion, f)(network, ab, x, *known, [1, 20], progress=name)
         assert not got.requires_grad, f"{f} keeps the gradients of all its steps: no_grad"
         assert bars.pop() == {"desc": name, "leave": False, "disable": name is None}, f
     assert seen == [20] * 10 + [1], "each step of RePaint 10 times, the last once"

@@ -138,12 +138,15 @@ def test_z_i_and_z_t_enter_at_one_length_whatever_clip_made_them(model, ar, text
         assert near(seen[0], seen[1]), "the length of z_t should not matter"
 
 
-def test_every_parameter_learns_and_embeddings_start_small(text):
-    big = prior.DiffusionPrior(prior.DiffusionPriorConfig(vocab_size=512, context=L, layers=1))
-    for name, want in {"tok.weight": 0.02, "pad": 0.01, "pos": 0.01, "query": 0.01}.items():
+@pytest.mark.parametrize("which, starts", [
+    ("DiffusionPrior", {"tok.weight": 0.02, "pad": 0.01, "pos": 0.01, "query": 0.01}),
+    ("ARPrior", {"dot.weight": 0.02, "code.weight": 0.02, "pos": 0.01})])
+def test_every_parameter_learns_and_embeddings_start_small(text, which, starts):
+    config = getattr(prior, which + "Config")(vocab_size=512, context=L, layers=1)
+    big, text = getattr(prior, which)(config), text._replace(z_t=rand(8, 64))
+    for name, want in starts.items():
         got = big.get_parameter(name).std().item()
         assert abs(got - want) < 0.2 * want, f"{name} starts with std {got:.4f}, not {want}"
-    text = text._replace(z_t=rand(8, 64))
     big.loss(rand(8, 64), text).sum().backward()
     idle = [name for name, p in big.named_parameters() if p.grad is None or not p.grad.any()]
     assert not idle, f"no gradient reaches {idle}: unused, or after a layer that starts at zero?"
@@ -306,6 +309,9 @@ def test_finer_codes_give_back_the_embedding_and_what_cannot_be_fitted_is_refuse
         assert near(back.norm(dim=1), 1)
         worst.append((back - unit(z)).pow(2).sum(1).mean().item())
     assert worst[0] > worst[1] > worst[2] > worst[3] and worst[3] < 1e-4, worst
+    fresh = prior.ARPrior(prior.ARPriorConfig(embed_dim=D, components=3, buckets=8))
+    assert torch.equal(fresh.encode(z), ((unit(z)[:, :3] + 1) * 4).long()), "-1..1 before the fit"
+    assert near(fresh.dot_code(z, -z), 0) and near(fresh.values[2], torch.linspace(-1, 1, 8))
     ten = fitted(4, 16, z[:10].repeat(10, 1))                        # ten values, 16 buckets
     assert ten.values.isfinite().all(), "an empty bucket has a value all the same"
     with pytest.raises(ValueError, match="as buckets, 16, got 10"):
