@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 import unicodedata
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -195,6 +196,8 @@ def test_every_weight_starts_with_the_std_of_openais_clip():
     for half, heads in ((model.image, 2), (model.text, 4)):
         kinds = {(block.heads, block.activation) for block in half.blocks}
         assert kinds == {(heads, "quick_gelu")}, f"{kinds}: of the other half, or the default?"
+    assert astuple(clip.CLIPConfig())[:12] == (128, 32, 8, 128, 3, 4, 600, 16, 128, 3, 4,
+                                               "quick_gelu"), "the toy's sizes"
     weights = dict(model.named_parameters())
     for name, want in std.items():
         got = weights[name].std().item()

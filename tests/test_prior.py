@@ -3,7 +3,9 @@
 What starts at zero would let mistakes pass, so the networks under test are `filled` first. Numbers
 of Karlo's prior: tests/extras.
 """
+import itertools
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ def near(a, b, atol=1e-5):
 def embeddings(N):
     """Embeddings whose directions vary unequally, and not around zero."""
     rotation = torch.linalg.qr(rand(D, D, number=4))[0]
-    return rand(N, D, number=3) * torch.linspace(2, 0.3, D) @ rotation + 1.0
+    return rand(N, D, number=3) * torch.linspace(2, 0.1, D) @ rotation + 1.0
 
 
 @pytest.fixture
@@ -77,6 +79,17 @@ def test_a_change_moves_its_own_position_and_later_ones_only(model, text, what, 
     assert moved.tolist() == [i >= first for i in range(L + 4)], f"positions that moved: {moved}"
 
 
+def test_the_network_is_a_causal_transformer_over_caption_z_t_time_x_t_and_query(model, text):
+    x_t, few = rand(8, D, number=6), model.time(clip.sinusoid(torch.tensor([299]), W))
+    words = torch.where(text.mask[:, :, None], model.tok(text.tokens), model.pad)      # (8, L, W)
+    last = [model.text_in(model.scale(text.z_t)), few.expand(8, -1), model.image_in(x_t)]
+    x = torch.stack([*words.unbind(1), *last, model.query.expand(8, -1)], dim=1) + model.pos
+    for block in model.blocks:
+        x = block(x, causal=True)
+    assert near(model(x_t, 300, text), model.out(model.ln_out(x[:, -1]))), \
+        "plus positions; z_t scaled; t - 1, as published checkpoints count from 0?"
+
+
 def test_padding_and_dropped_captions_do_not_matter_but_the_noise_does(model, text):
     x_t, null = rand(8, D, number=6), text.null()
     other = text._replace(tokens=torch.where(text.mask, text.tokens, 7))
@@ -109,17 +122,21 @@ def test_timesteps_are_embedded_row_by_row_and_not_by_one_linear_map(model, text
     model(x_t, t, text)
     assert torch.equal(seen[0], t - 1), "published checkpoints count from 0"
     u, v = rand(2, 1, W, number=7)
+    first, _, second = model.time
+    assert near(model.time(u), second(torch.nn.functional.silu(first(u)))), "two layers"
     assert not near(model.time(u) + model.time(v), model.time(u + v) + model.time(0 * u), 1e-4), \
         "no activation between the two layers of the time path?"
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0, 0.0])
 def test_the_cache_changes_nothing_and_guidance_is_of_two_forwards(model, text, guidance):
-    network = model.denoiser(text, guidance)
+    network, seen = model.denoiser(text, guidance), []
+    model.blocks[0].register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
     for t in (900, 3, 500):                                           # one after the other
-        x_t = rand(8, D, number=t)
+        x_t, out = rand(8, D, number=t), network(rand(8, D, number=t), t)
         want = diffusion.guide(model(x_t, t, text.null()), model(x_t, t, text), guidance)
-        assert near(network(x_t, t), want), "is the last step forgotten?"
+        assert near(out, want), "is the last step forgotten?"
+    assert seen[::3] == [L + 4, 3, 3], "caption and z_t are computed once"
 
 
 def test_z_i_and_z_t_enter_at_one_length_whatever_clip_made_them(model, ar, text):
@@ -139,24 +156,42 @@ def test_z_i_and_z_t_enter_at_one_length_whatever_clip_made_them(model, ar, text
 
 
 @pytest.mark.parametrize("which, starts", [
-    ("DiffusionPrior", {"tok.weight": 0.02, "pad": 0.01, "pos": 0.01, "query": 0.01}),
-    ("ARPrior", {"dot.weight": 0.02, "code.weight": 0.02, "pos": 0.01})])
+    ("DiffusionPrior", {"tok.weight": (0.02, 512), "pad": (0.01, L), "pos": (0.01, L + 4),
+                        "query": (0.01, 1)}),
+    ("ARPrior", {"dot.weight": (0.02, 64), "code.weight": (0.02, 64), "pos": (0.01, 33)})])
 def test_every_parameter_learns_and_embeddings_start_small(text, which, starts):
     config = getattr(prior, which + "Config")(vocab_size=512, context=L, layers=1)
     big, text = getattr(prior, which)(config), text._replace(z_t=rand(8, 64))
-    for name, want in starts.items():
-        got = big.get_parameter(name).std().item()
+    for name, (want, rows) in starts.items():
+        weight = big.get_parameter(name)
+        assert weight.numel() == rows * 128, f"{name}: a vector of width 128 for each of {rows}"
+        got = weight.std().item()
         assert abs(got - want) < 0.2 * want, f"{name} starts with std {got:.4f}, not {want}"
     big.loss(rand(8, 64), text).sum().backward()
     idle = [name for name, p in big.named_parameters() if p.grad is None or not p.grad.any()]
     assert not idle, f"no gradient reaches {idle}: unused, or after a layer that starts at zero?"
 
 
-def test_the_schedule_stays_on_the_cpu_in_float64(model):
+def test_all_runs_where_the_weights_are(model, ar, text):
+    """On the device "meta", which stands for a GPU: a tensor made on the CPU does not fit there."""
+    text, z = text.map(lambda x: x.to("meta")), torch.empty(8, D, device="meta")
+    for each in (model.to("meta"), ar.to("meta")):
+        assert each.loss(z, text).is_meta and each.sample(text, guidance=2.0).is_meta
+    assert prior.quantile_edges(z, 4).is_meta
+
+
+def test_the_sizes_of_the_toy():
+    """What train_toy.py trains, if nothing else is said."""
+    assert astuple(prior.DiffusionPriorConfig()) == (64, 600, 20, 128, 4, 4, 1000, "cosine", "x0")
+    assert astuple(prior.ARPriorConfig()) == (64, 32, 64, 600, 20, 128, 2, 2, 128, 3, 2)
+
+
+def test_the_schedule_stays_on_the_cpu_in_float64(model, ar, text):
     with torch.device("meta"):
         empty = prior.DiffusionPrior(model.config)
     assert empty.alphabar.device.type == "cpu" and empty.alphabar.dtype == torch.float64
-    assert empty.pos.is_meta and model.half().alphabar.dtype == torch.float64
+    assert empty.pos.is_meta and model.bfloat16().alphabar.dtype == torch.float64
+    assert model.sample(text, 2).isfinite().all() and ar.bfloat16().sample(text).isfinite().all()
 
 
 @pytest.mark.parametrize("predicts", ["x0", "eps", "v"])
@@ -212,6 +247,25 @@ def test_of_the_candidates_the_one_nearest_to_the_caption_is_kept(model, text):
         assert near(got[i], want), "the larger dot product, of unit vectors?"
     assert near(got.norm(dim=1), 1), "samples are unit vectors"
     assert not near(got, model.sample(text, steps=4, candidates=3, generator=seed(2)))
+    null = model.sample(text.null(), 4, 1.0, 1, seed())
+    assert near(model.sample(text, 4, 0.0, 1, seed()), null), "guidance 0 ignores the caption"
+
+
+def test_the_defaults_are_the_papers_and_every_option_is_handed_on(model, ar, text, monkeypatch):
+    seen, rows, options, model.clamp = [], [], [], 0.3
+    ar.blocks[1].register_forward_hook(lambda _, args, __: rows.append(args[0].shape[1]))
+    model.image_in.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    model.sample(text), model.fit_variance(rand(8, D), text)
+    assert seen == [16] * 64 + [8] * 64, "64 steps, two candidates"
+    assert torch.equal(ar.sample(text, generator=seed()), ar.sample(text, 1.0, 1.0, seed()))
+    assert rows == 2 * [2, 1, 1, 1, 1, 1], "z_t and dot, then one code at a time"
+    for module in (prior, diffusion):
+        monkeypatch.setattr(module, "tqdm", lambda x, **more: options.append(more) or x)
+    monkeypatch.setattr(diffusion, "p_sample", lambda *given: seen.append(given[6]) or given[2])
+    for each, name in itertools.product((model, ar), ("name", None)):
+        each.sample(text, progress=name)
+        assert options.pop() == {"desc": name, "leave": False, "disable": name is None}
+    assert seen[-1] == 0.3, "clamp"
 
 
 @pytest.mark.parametrize("predicts", ["x0", "eps", "v"])
@@ -234,14 +288,22 @@ def test_samples_land_on_the_modes_and_not_between(model, text, monkeypatch, pre
 @pytest.mark.parametrize("predicts", ["x0", "v"])
 def test_the_measured_variance_is_the_error_of_the_model_and_widens_the_steps(
         model, text, predicts):
-    model.config.predicts = predicts
-    network, x0, generator = model.denoiser(text), model.scale(rand(8, D)), seed()
-    model.fit_variance(rand(8, D), text, steps=5, generator=seed())
-    for t in diffusion.spaced_timesteps(1000, 5):
-        x_t = diffusion.q_sample(model.alphabar, x0, t, torch.randn(8, D, generator=generator))
-        x0_hat = diffusion.to_x0(model.alphabar, network(x_t, t), x_t, t, predicts)
-        want = min((x0_hat - x0).pow(2).mean().item(), 17.2 ** 2 / 1024)  # no worse than saying 0
-        assert abs(model.cov[t] - want) < 1e-5
+    model.config.predicts, ab, plain = predicts, model.alphabar, model.denoiser
+    x0, cap = model.scale(rand(8, D)), 17.2 ** 2 / 1024
+
+    def good(x_t, t):                                # a line: its errors are below the cap
+        x0_hat = ab[t].sqrt() * cap / (ab[t] * cap + 1 - ab[t]) * x_t
+        return diffusion.target(ab, x0_hat, t, diffusion.to_eps(ab, x0_hat, x_t, t), predicts)
+
+    for network in (good, plain(text)):
+        model.denoiser, generator = lambda *_: network, seed()             # noqa: B023
+        model.fit_variance(rand(8, D), text, steps=5, generator=seed())
+        for t in diffusion.spaced_timesteps(1000, 5):
+            x_t = diffusion.q_sample(ab, x0, t, torch.randn(8, D, generator=generator))
+            x0_hat = diffusion.to_x0(ab, network(x_t, t), x_t, t, predicts)
+            want = min((x0_hat - x0).pow(2).mean().item(), cap)            # no worse than saying 0
+            assert abs(model.cov[t] - want) < 1e-5
+    model.denoiser = plain
     with_cov = model.sample(text, steps=5, generator=seed(1))
     model.cov.zero_()
     assert not near(with_cov, model.sample(text, steps=5, generator=seed(1)))
@@ -312,8 +374,14 @@ def test_finer_codes_give_back_the_embedding_and_what_cannot_be_fitted_is_refuse
     fresh = prior.ARPrior(prior.ARPriorConfig(embed_dim=D, components=3, buckets=8))
     assert torch.equal(fresh.encode(z), ((unit(z)[:, :3] + 1) * 4).long()), "-1..1 before the fit"
     assert near(fresh.dot_code(z, -z), 0) and near(fresh.values[2], torch.linspace(-1, 1, 8))
-    ten = fitted(4, 16, z[:10].repeat(10, 1))                        # ten values, 16 buckets
-    assert ten.values.isfinite().all(), "an empty bucket has a value all the same"
+    for few in (z[:10].repeat(10, 1), z[:16]):       # ten values for 16 buckets, and one for each
+        model = fitted(4, 16, few)
+        codes, y = model.encode(few), (unit(few) - model.mean) @ model.basis
+        for k, bucket in np.ndindex(4, 16):
+            inside = y[codes[:, k] == bucket, k]
+            below = model.edges[k, bucket - 1] if bucket else y[:, k].min()
+            assert near(model.values[k, bucket], inside.mean() if len(inside) else below), \
+                "the mean of a bucket, of an empty one the cut below it"
     with pytest.raises(ValueError, match="as buckets, 16, got 10"):
         fitted(4, 16, z[:10])
     with pytest.raises(ValueError, match="components as dimensions"):
@@ -322,7 +390,8 @@ def test_finer_codes_give_back_the_embedding_and_what_cannot_be_fitted_is_refuse
 
 def test_code_k_is_predicted_from_dot_z_t_caption_and_the_codes_before_it(ar, text):
     codes, dot = ar.encode(embeddings(8)), torch.arange(8)
-    out, cache = ar(codes, dot, text), [clip.KVCache(L + 7) for _ in ar.blocks]
+    out, cache, rows = ar(codes, dot, text), [clip.KVCache(L + 7) for _ in ar.blocks], []
+    ar.blocks[1].register_forward_hook(lambda _, args, __: rows.append(args[0].shape[1]))
     assert out.shape == (8, 6, 8)
     for k in range(6):
         other = torch.where(torch.arange(6) == k, 7 - codes, codes)
@@ -332,6 +401,7 @@ def test_code_k_is_predicted_from_dot_z_t_caption_and_the_codes_before_it(ar, te
         assert near(ar(codes[:, :k], dot, text), out[:, :k + 1]), "of the first k codes, k + 1"
         cached = ar(codes[:, :k], dot, text, cache)[:, -1]
         assert near(cached, out[:, k]), f"code {k} by the cache"
+        assert rows[-1] == (1 if k else 2), "with a cache only the newest code is computed"
     for name, other in [("dot", ar(codes, 7 - dot, text)),
                         ("z_t", ar(codes, dot, text._replace(z_t=-text.z_t))),
                         ("caption", ar(codes, dot, text._replace(tokens=29 - text.tokens)))]:
