@@ -342,9 +342,10 @@ def test_with_one_generator_for_each_image_images_do_not_depend_on_their_batch(
         ab, images, resample):
     def sample(x, generator):
         options = {"predicts": "x0", "generator": generator}
+        network = lambda x, t: torch.tanh(x.flip(3))                       # noqa: E731
         if resample is None:
-            return diffusion.sample(tanh, ab, x, [1, 9, 50], **options)
-        return diffusion.inpaint(tanh, ab, x, x, x > 0, [1, 9, 50], resample=resample, **options)
+            return diffusion.sample(network, ab, x, [1, 9, 50], **options)
+        return diffusion.inpaint(network, ab, x, x, x > 0, [1, 9, 50], resample=resample, **options)
 
     x = torch.cat([images[0], images[1]])                    # two rows for each of three images
     got = sample(x, [seed(i) for i in range(3)])
