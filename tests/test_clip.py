@@ -7,7 +7,6 @@ import itertools
 import math
 import random
 import unicodedata
-from dataclasses import astuple
 
 import pytest
 import torch
@@ -136,15 +135,11 @@ def test_a_caption_is_pooled_at_its_first_end_token(model, tokens):
 
 
 def test_the_text_encoder_is_causal_and_knows_positions(model, tokens):
-    other = tokens.clone()
-    other[:, 4] = 12
-    states = model.encode_text(tokens)[1]
-    moved = (states - model.encode_text(other)[1]).abs().amax((0, 2)) > 0
-    assert moved.tolist() == [False] * 4 + [True] * 4
-    x = model.text.tok(tokens) + model.text.pos
+    states, x = model.encode_text(tokens)[1], model.text.tok(tokens) + model.text.pos
     for block in model.text.blocks:
         x = block(x, causal=True)
-    assert torch.allclose(states, model.text.ln_out(x), atol=1e-6), "token plus position?"
+    assert torch.allclose(states, model.text.ln_out(x), atol=1e-6), \
+        "token plus position; equal tokens at two positions should differ"
     short = model.encode_text(tokens[:, :3])[1]
     assert torch.allclose(short, states[:, :3], atol=1e-6), "shorter rows get the first positions"
 
@@ -207,8 +202,6 @@ def test_every_weight_starts_with_the_std_of_openais_clip():
     for half, heads in ((model.image, 2), (model.text, 4)):
         kinds = {(block.heads, block.activation) for block in half.blocks}
         assert kinds == {(heads, "quick_gelu")}, f"{kinds}: of the other half, or the default?"
-    assert astuple(clip.CLIPConfig())[:12] == (128, 32, 8, 128, 3, 4, 600, 16, 128, 3, 4,
-                                               "quick_gelu"), "the toy's sizes"
     weights = dict(model.named_parameters())
     for name, want in std.items():
         got = weights[name].std().item()
@@ -290,32 +283,15 @@ def test_the_two_activations_are_the_formulas():
 
 
 def test_in_the_caption_encoder_padding_hides_tokens_but_is_attended_to():
-    caption_encoder = refill(clip.CaptionEncoder(50, context=W, width=W, layers=2, heads=2))
-    tokens, mask = torch.arange(2 * W).view(2, W), torch.ones(2, W, dtype=torch.bool)
-    mask[:, 5:] = False
-    out, other = caption_encoder(tokens, mask), tokens.clone()
-    x = caption_encoder.tok(tokens) + caption_encoder.pos
-    x = x.where(mask[:, :, None], caption_encoder.pad)
-    for block in caption_encoder.blocks:
-        x = block(x)
-    assert torch.allclose(out, caption_encoder.ln_out(x), atol=1e-6), "token plus position?"
-    other[:, 5:] = 40
-    assert torch.equal(out, caption_encoder(other, mask)), "padded tokens should not matter"
-    with torch.no_grad():
-        caption_encoder.pad[6, 0] += 1
-    moved = (out - caption_encoder(tokens, mask)).abs()[:, 0].max()
-    assert moved > 1e-6, "padding is a learned vector that all attend to"
-    mask[0] = True
-    with_words = caption_encoder(tokens, mask)[0]
-    tokens[0, -1] = 42
-    moved = (with_words - caption_encoder(tokens, mask)[0]).abs().sum(1) > 0
-    assert moved.all(), "GLIDE's text Transformer has no causal mask"
-    nothing = caption_encoder(tokens, torch.zeros_like(mask))
-    assert torch.equal(nothing[0], nothing[1]), "two captions should agree once dropped"
-    with torch.no_grad():
-        caption_encoder.pos += 1
-    same = caption_encoder(tokens, torch.zeros_like(mask))
-    assert torch.equal(same, nothing), "the learned padding replaces token + position"
+    encoder = refill(clip.CaptionEncoder(50, context=W, width=W, layers=2, heads=2))
+    tokens = torch.arange(2 * W).view(2, W)
+    for length in (0, 5, W):
+        mask = (torch.arange(W) < length).expand(2, W)
+        x = (encoder.tok(tokens) + encoder.pos).where(mask[:, :, None], encoder.pad)
+        for block in encoder.blocks:
+            x = block(x)
+        assert torch.allclose(encoder(tokens, mask), encoder.ln_out(x), atol=1e-6), \
+            "learned padding replaces token + position, all attend to all: GLIDE has no causal mask"
 
 
 def test_clips_states_are_projected_and_their_padding_is_learned():

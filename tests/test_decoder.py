@@ -4,7 +4,6 @@ What starts at zero would let mistakes pass, so the networks under test are `fil
 """
 import io
 import math
-from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -303,16 +302,6 @@ def test_the_schedule_stays_on_the_cpu_in_float64_and_half_precision_samples_flo
     assert empty.unet.conv_in.weight.is_meta and "alphabar" not in empty.state_dict()
     x = make().bfloat16().sample(*given, 2)
     assert x.dtype == torch.float32 and x.isfinite().all()
-
-
-def test_the_sizes_of_the_toy():
-    """What train_toy.py trains, if nothing else is said."""
-    assert astuple(decoder.UNetConfig()) == (16, 3, 6, 64, (1, 2, 3), 1, (), 64, 0, True, 0.0, 32)
-    assert astuple(decoder.DecoderConfig()) == (
-        (16, 3, 6, 16, (2, 1, 4), 1, (8, 4), 16, 64, True, 0.0, 8), 64, 600, 20, 2, 2, 128, 1000,
-        "cosine", "eps")
-    assert astuple(decoder.UpsamplerConfig()) == (
-        (64, 6, 3, 16, (1, 2, 2), 1, (), 64, 0, True, 0.0, 2), 1000, "cosine", "blur", "eps", False)
 
 
 # ---------------------------------------------------------------- upsamplers

@@ -5,7 +5,6 @@ of Karlo's prior: tests/extras.
 """
 import itertools
 import math
-from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -80,26 +79,17 @@ def test_a_change_moves_its_own_position_and_later_ones_only(model, text, what, 
 
 
 def test_the_network_is_a_causal_transformer_over_caption_z_t_time_x_t_and_query(model, text):
-    x_t, few = rand(8, D, number=6), model.time(clip.sinusoid(torch.tensor([299]), W))
-    words = torch.where(text.mask[:, :, None], model.tok(text.tokens), model.pad)      # (8, L, W)
-    last = [model.text_in(model.scale(text.z_t)), few.expand(8, -1), model.image_in(x_t)]
-    x = torch.stack([*words.unbind(1), *last, model.query.expand(8, -1)], dim=1) + model.pos
-    for block in model.blocks:
-        x = block(x, causal=True)
-    assert near(model(x_t, 300, text), model.out(model.ln_out(x[:, -1]))), \
-        "plus positions; z_t scaled; t - 1, as published checkpoints count from 0?"
-
-
-def test_padding_and_dropped_captions_do_not_matter_but_the_noise_does(model, text):
-    x_t, null = rand(8, D, number=6), text.null()
-    other = text._replace(tokens=torch.where(text.mask, text.tokens, 7))
-    assert torch.equal(model(x_t, 300, text), model(x_t, 300, other)), \
-        "what the tokens are at padded places should not matter: embedded, then model.pad there?"
-    out = model(x_t[:1].expand(8, -1), 300, null)
-    assert near(out, out[:1], 1e-6), "a dropped caption shines through"
-    for what in ("x_t", "time"):
-        moved = (model(*changed(what, x_t, 300, null)) - model(x_t, 300, null)).abs().amax(1)
-        assert (moved > 1e-6).all(), f"{what} should matter without a caption too"
+    x_t, time = rand(8, D, number=6), model.time(clip.sinusoid(torch.tensor([299]), W))
+    for each in (text, text.null()):
+        words = torch.where(each.mask[:, :, None], model.tok(each.tokens), model.pad)  # (8, L, W)
+        z_t = model.text_in(model.scale(each.z_t))
+        last = [z_t, time.expand(8, -1), model.image_in(x_t), model.query.expand(8, -1)]
+        x = torch.cat([words, torch.stack(last, dim=1)], dim=1) + model.pos
+        for block in model.blocks:
+            x = block(x, causal=True)
+        assert near(model(x_t, 300, each), model.out(model.ln_out(x[:, -1]))), \
+            "x_t should matter, time should matter, without a caption too; model.pad at padded " \
+            "places; t - 1, as published checkpoints count from 0; plus positions?"
 
 
 def test_example_i_does_not_depend_on_example_j(model, ar, text):
@@ -114,17 +104,12 @@ def test_example_i_does_not_depend_on_example_j(model, ar, text):
     assert near(alone, ar(codes, dot, text))
 
 
-def test_timesteps_are_embedded_row_by_row_and_not_by_one_linear_map(model, text, monkeypatch):
-    t, x_t, seen = torch.tensor([10, 700, 1, 2, 999, 1000, 500, 500]), rand(8, D), []
+def test_timesteps_are_embedded_row_by_row_and_not_by_one_linear_map(model, text):
+    t, x_t, u = torch.tensor([10, 700, 1, 2, 999, 1000, 500, 500]), rand(8, D), rand(1, W)
     each = torch.stack([model(x_t, int(i), text)[b] for b, i in enumerate(t)])
     assert near(model(x_t, t, text), each, 1e-6), "an int is that t in every row"
-    monkeypatch.setattr(clip, "sinusoid", lambda index, width: seen.append(index) or rand(8, W))
-    model(x_t, t, text)
-    assert torch.equal(seen[0], t - 1), "published checkpoints count from 0"
-    u, v = rand(2, 1, W, number=7)
     first, _, second = model.time
-    assert near(model.time(u), second(torch.nn.functional.silu(first(u)))), "two layers"
-    assert not near(model.time(u) + model.time(v), model.time(u + v) + model.time(0 * u), 1e-4), \
+    assert near(model.time(u), second(torch.nn.functional.silu(first(u)))), \
         "no activation between the two layers of the time path?"
 
 
@@ -179,12 +164,6 @@ def test_all_runs_where_the_weights_are(model, ar, text):
     for each in (model, ar.to("meta")):
         assert each.loss(z, text).is_meta and each.sample(text, guidance=2.0).is_meta
     assert prior.quantile_edges(z, 4).is_meta
-
-
-def test_the_sizes_of_the_toy():
-    """What train_toy.py trains, if nothing else is said."""
-    assert astuple(prior.DiffusionPriorConfig()) == (64, 600, 20, 128, 4, 4, 1000, "cosine", "x0")
-    assert astuple(prior.ARPriorConfig()) == (64, 32, 64, 600, 20, 128, 2, 2, 128, 3, 2)
 
 
 def test_the_schedule_stays_on_the_cpu_in_float64(model, ar, text):
