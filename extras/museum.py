@@ -330,7 +330,7 @@ BUGS = {
         "factor for any width: it belongs to 1024 dimensions."),
     "raw_ids": Bug("prior.DiffusionPrior.prefix", "self.tok(text.tokens)",
         "text.tokens[:, :, None].float().expand(-1, -1, self.config.width) / 100",
-        "word 3 does not matter", "mbn312/dalle2: raw token ids enter the prior as a vector of "
+        "words by tok", "mbn312/dalle2: raw token ids enter the prior as a vector of "
         "floats."),
     "padding_is_a_word": Bug("prior.DiffusionPrior.prefix",
         "torch.where(text.mask[:, :, None], self.tok(text.tokens), self.pad)",
