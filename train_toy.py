@@ -558,6 +558,8 @@ def run(source, settings):
     stopped. -> the UnCLIP, which is saved there, too."""
     rank, world = join(settings.device)
     device, out = unclip.pick_device(settings.device), Path(settings.out)
+    if settings.dtype == "tf32" and device.type != "cuda":
+        raise ValueError("--dtype tf32 speeds up CUDA alone; leave it out, or give --device cuda")
     with locked(out) if rank == 0 else contextlib.nullcontext():
         recipes = scaled_recipes(settings, world)
         state = open_run(source, settings, out / "state.pt", rank)

@@ -605,7 +605,6 @@ def writable(path):
                       "writable both, and no checkpoint's")
 
 
-
 def number(low, high, name="a value"):
     """-> f(value or text): the number, if it is in this range, and whole if `low` is."""
     def read(value):
@@ -623,9 +622,8 @@ def number(low, high, name="a value"):
 positive, seed = number(1, 10 ** 6), number(0, 2 ** 64 - 1)
 RANGES = {name: number(low, high, name) for low, high, names in (
     (1, 1000, "n rerank candidates steps prior_steps decoder_steps upsampler_steps"),
-    (0, 1000, "guidance_above"),
-    (-100.0, 100.0, "guidance prior_guidance"), (-2.0, 2.0, "strength"), (0.0, 1.0, "eta"))
-    for name in names.split()}
+    (-100.0, 100.0, "guidance prior_guidance"), (-2.0, 2.0, "strength"), (0.0, 1.0, "eta"),
+    (0, 1000, "guidance_above")) for name in names.split()}
 
 
 def expect_finite(x, name):
@@ -647,8 +645,8 @@ def pick_device(name):
 
 
 class Stream:
-    """stdout or stderr. Where it is closed, full or without a reader, work goes on and `error` is
-    kept; what the terminal's encoding has not is printed as \\u...."""
+    """stdout or stderr; where it is closed, full or without a reader, work goes on, and `error` is
+    kept. Characters that the terminal's encoding lacks are printed as escapes."""
 
     def __init__(self, stream):
         self.stream, self.error = stream or open(os.devnull, "w"), None
@@ -680,11 +678,11 @@ def stop_on_error(run, *args):
         except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
             message, status = f"error: {error}", 2
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
+            if "memory" not in f"{type(error)} {error}".lower():
                 raise
             reason = str(error).split("\n")[0][:80]
-            message, status = (f"error: too large for this machine's memory ({reason}); try "
-                               "--low-memory, --dtype bf16, fewer images"), 2
+            message, status = (f"error: too large for this machine's memory ({reason}); try fewer "
+                               "images at once, or --dtype bf16"), 2
         if message:
             print(message, file=sys.stderr)
     if status:

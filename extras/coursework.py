@@ -712,7 +712,8 @@ def main(arguments=None):
                "scored, 1 if not, 2 if a file cannot be graded.")
     command = parser.add_mutually_exclusive_group(required=True)
     command.add_argument("--list", action="store_true", help="show every exercise")
-    command.add_argument("--handout", metavar="FOLDER", help="write a repository without answers")
+    command.add_argument("--handout", type=unclip.named, metavar="FOLDER",
+                         help="write a repository without answers")
     command.add_argument("--stubs", nargs="*", metavar="NAME",
                          help="print stubs of these functions (diffusion.guide), or of a week")
     command.add_argument("--grade", nargs="+", metavar="FILE",
@@ -724,6 +725,8 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     if not args.week and (args.handout or args.stubs == []):
         parser.error("expected --week N, too")
+    if args.json and not args.grade or args.week and (args.list or args.scheme):
+        parser.error("--json goes with --grade; --week with --grade, --stubs and --handout")
     return unclip.stop_on_error(run, args)
 
 

@@ -427,7 +427,8 @@ def test_a_run_killed_while_it_saves_resumes_to_the_same_weights(finished, tmp_p
     (("--resume", "--groups", "21"), "captions"), (("--batch", "6"), "multiple of 4"),
     (("--steps-scale", "0"), "steps-scale"), (("--sam", "-1"), "--sam"), (("--data", ""), "--data"),
     (("--out", ""), "--out"), (("--vocab", ""), "--vocab"), (("--save-seconds", "-5"), "--save-s"),
-    (("--data", "."), "--groups"), (("--groups", "1000000000"), "--groups")])
+    (("--data", "."), "--groups"), (("--dtype", "tf32"), "--dtype tf32"),
+    (("--groups", "1000000000"), "--groups")])
 def test_a_run_is_not_overwritten_and_not_resumed_as_another(finished, command, options, complaint):
     before = (finished / "state.pt").read_bytes(), (finished / "toy.pt").read_bytes()
     said, code = command(*TINY, "--out", finished, *options)
