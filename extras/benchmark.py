@@ -57,7 +57,8 @@ def fill_zeros(part):
 def random_text(part, B):
     """A clip.Text of B full captions, as this part reads them."""
     c, w = part.config, next(part.parameters())
-    hidden = getattr(part, "hidden_in", None)            # Karlo's parts read CLIP's hidden states
+    own = isinstance(getattr(part, "text", None), clip.CaptionStates)
+    hidden = part.text.proj if own else getattr(part, "hidden_in", None)       # of CLIP's states
     tokens = torch.randint(max(2, c.vocab_size), (B, c.context), device=w.device)
     return clip.Text(tokens, torch.ones_like(tokens, dtype=torch.bool),
                      torch.randn(B, c.embed_dim, device=w.device, dtype=w.dtype),
