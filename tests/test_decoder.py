@@ -259,6 +259,14 @@ def test_inpainting_keeps_the_known_pixels_and_draws_the_others(model):
     assert len(calls) == 3 * 5, "of 3 steps the first two are made `resample` = 2 times"
 
 
+def test_all_runs_where_the_weights_are(model, upsampler):
+    """On the device "meta", which stands for a GPU: a tensor made on the CPU does not fit there."""
+    x, z_i, text = IMAGES.to("meta"), Z_I.to("meta"), TEXT.map(lambda x: x.to("meta"))
+    model.to("meta"), upsampler.to("meta")
+    assert model.loss(x, z_i, text, T).is_meta and model.sample(z_i, text, 2, 2.0).is_meta
+    assert upsampler.sample(x, 2).is_meta and decoder.gaussian_blur(x).is_meta
+
+
 @pytest.mark.parametrize("predicts", ["eps", "v"])
 def test_inversion_and_its_way_back(model, predicts):
     """A fresh decoder predicts 0. eps = 0 leaves the signal, v = 0 both: a turn by an angle."""
