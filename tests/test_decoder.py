@@ -184,6 +184,9 @@ def test_guidance_runs_the_null_condition_and_then_the_true_one(model, monkeypat
         out = model.denoiser(Z_I, TEXT, scale)(X_T, 300)
         assert same(out[:, :3], diffusion.guide(uncond[:, :3], cond[:, :3], scale), 1e-4)
         assert same(out[:, 3:], cond[:, 3:]), "the variance is not guided"
+    network, count = model.denoiser(Z_I, TEXT, 4.0), len(seen)
+    network(X_T, 300), network(X_T, 2)
+    assert len(seen) == count, "the condition is the same at every step: computed once"
     z, both = seen[-1]
     assert torch.equal(z, torch.cat([null, Z_I])), "null first, in order"
     assert not both.mask[:8].any() and torch.equal(both.mask[8:], TEXT.mask)
@@ -389,14 +392,17 @@ def test_the_second_upsampler_trains_on_bsr_degradations(upsampler):
     assert not torch.equal(low, upsampler.prepare(high)[1]), "each batch its own degradation"
 
 
-def test_every_sampler_names_its_bar_and_z_i_becomes_a_unit_vector(model, upsampler, monkeypatch):
-    names, given = [], (Z_I, TEXT, 2)
-    monkeypatch.setattr(diffusion, "tqdm", lambda steps, desc, **_: names.append(desc) or steps)
-    model.sample(*given, progress="sample"), model.invert(X_T, *given, progress="invert")
-    model.sample(*given, known=IMAGES, mask=IMAGES[:, :1] > 0, resample=1, progress="inpaint")
-    model.decode_latent(Z_I, X_T, TEXT, 2, progress="decode")
-    upsampler.sample(IMAGES, 2, progress="enlarge")
-    assert names == ["sample", "invert", "inpaint", "decode", "enlarge"]
+def test_every_sampler_names_its_bar_and_takes_the_papers_steps(model, upsampler, monkeypatch):
+    bars, rows = [], []
+    model.unet.register_forward_hook(lambda _, args, out: rows.append(len(out)))
+    monkeypatch.setattr(diffusion, "tqdm", lambda steps, desc, **_: bars.append((desc, len(steps)))
+                        or steps[-1:])                                      # takes only the last
+    model.sample(Z_I, TEXT, progress="sample"), model.invert(X_T, Z_I, TEXT, progress="invert")
+    model.sample(Z_I, TEXT, known=IMAGES, mask=IMAGES[:, :1] > 0, progress="inpaint")
+    model.decode_latent(Z_I, X_T, TEXT, progress="decode")
+    upsampler.sample(IMAGES, progress="enlarge")
+    assert bars == [("sample", 250), ("invert", 249), ("inpaint", 250), ("decode", 250),
+                    ("enlarge", 27)] and {*rows} == {8}, "without guidance: B rows"
     fresh = decoder.Decoder(decoder_config())
     assert same(fresh.scale(3 * Z_I), Z_I) and not fresh.null_image.any()
 
