@@ -441,6 +441,7 @@ def test_both_crops_are_the_same_window_and_every_window_is_reached():
         "is the corner a multiple of 4, and the same in both?"
     want = {6.0 * i + j for i in range(7) for j in range(5)}
     assert set(low_crop[:, 0, 0, 0].tolist()) == want, "all 35 corners, and nothing else"
+    assert decoder.crop_pair(high, number, 24)[1].shape == (2000, 1, 6, 6), "the whole width fits"
     for pair in ((high, number, 10), (high, number, 36), (number, high, 8)):
         with pytest.raises(ValueError, match="a multiple of k"):
             decoder.crop_pair(*pair)
