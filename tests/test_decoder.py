@@ -143,6 +143,7 @@ def test_a_unet_is_levels_inside_levels(t):
             h = unet.mid_res2(unet.mid_attn(unet.mid_res1(h, e), context, mask), e)
         else:
             h = down.resample(h, e)
+            assert h.shape[2:] == (4 // 2 ** i, 4 // 2 ** i), "each level has half the side"
             h = unet.up[1 - i].resample(level(i + 1, h, h), e)
         for res, attention, skip in zip(up.res, up.attn, reversed(outputs)):
             h = attention(res(torch.cat([h, skip], 1), e), context, mask)
