@@ -2,26 +2,29 @@
 
     python extras/benchmark.py run --preset paper --device cuda --dtype bf16 [--train]
     python extras/benchmark.py run --preset paper --device meta     counted, without a GPU
-    python extras/benchmark.py memory --preset paper                GB of every part, fp32 and bf16
+    python extras/benchmark.py memory --preset paper                GB of every part in each dtype
     python extras/benchmark.py sizes                                the paper's table of parameters
-    python extras/benchmark.py compare [--diffusers]                other layouts, other libraries
+    python extras/benchmark.py compare [--diffusers]                other ways, other libraries
+    python extras/benchmark.py machine --device cuda                its products; its images, ours
     python extras/benchmark.py acceptance --device cuda --out gpu   a GPU's ten minutes: everything
 
 A "share" is FLOP/s as a fraction of what one large matrix product reaches on the same machine.
 """
 import argparse
-import copy
 import datetime
-import functools
 import gc
 import importlib.util
+import itertools
+import json
 import math
 import platform
+import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -30,7 +33,6 @@ sys.path[:0] = [str(ROOT)]
 import unclip                                        # first: it sets how torch's threads wait
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -43,7 +45,86 @@ import prior
 import train_toy
 from extras import karlo
 
-# ---------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------- a setting, and its work
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A part of a stack and what it does: a step of sampling, or of training."""
+    part: str                                        # of unclip.PARTS
+    preset: str = "toy"                              # or "paper", "karlo"
+    batch: int = 1
+    dtype: torch.dtype = torch.float32               # of products; trained weights are float32
+    train: bool = False
+    switches: tuple = ()                             # of SWITCHES
+
+    def build(self, device):
+        torch.manual_seed(0)
+        kind = (karlo.CLASSES if self.preset == "karlo" else unclip.PARTS)[self.part]
+        config = getattr(config_of(self.preset), self.part)
+        dtype = torch.float32 if self.train else self.dtype
+        return unclip.build_part(kind, config, device, dtype).train(self.train)
+
+
+def config_of(preset):
+    return unclip.PRESETS.get(preset, karlo.PRESET)
+
+
+def parts_of(preset):
+    return [name for name in unclip.PARTS if getattr(config_of(preset), name) is not None]
+
+
+@contextmanager
+def float32_as_tf32(on):
+    """On a GPU: products of float32 matrices and convolutions in TF32 (10 bits), or exactly."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = on
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+# name: what is around each step, a function of the device; None: see `work`
+SWITCHES = {
+    "compile": None, "recompute": None, "contiguous-weights": None, "AdamW-not-fused": None,
+    "tf32": lambda device: float32_as_tf32(True),
+    "autocast": lambda device: torch.autocast(device.type, torch.bfloat16),
+    "cudnn-benchmark": lambda device: torch.backends.cudnn.flags(enabled=True, benchmark=True),
+    "explicit-softmax": lambda device: sdpa_kernel(SDPBackend.MATH),
+    "flash-attention": lambda device: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
+    "efficient-attention": lambda device: sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION),
+    "cudnn-attention": lambda device: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)}
+
+
+def work(setting, device):
+    """-> begin() -> (do one step, how many steps an image takes)"""
+    name, B, switches, part = setting.part, setting.batch, setting.switches, setting.build(device)
+    switched(part, setting.dtype if setting.train else torch.float32,
+             recompute="recompute" in switches, compile="compile" in switches)
+    if "contiguous-weights" in switches:
+        part.to(memory_format=torch.contiguous_format)
+    if setting.train:
+        update = trainer(part, fused="AdamW-not-fused" not in switches)
+        loss = training_loss(name, part, B)
+
+    def begin():
+        step, steps = (lambda: update(loss)), 1
+        if not setting.train:
+            step, steps = sampling_step(name, part, config_of(setting.preset).sampling, B)
+        for around in filter(None, map(SWITCHES.get, switches)):
+            step = around(torch.device(device))(step)
+        return step, steps
+
+    return begin
+
+
+def switched(part, dtype=torch.float32, **switches):
+    """The part with train_toy's switches: bf16 products of float32 weights, recompute, compile."""
+    dtype = "bf16" if dtype == torch.bfloat16 else "fp32"
+    train_toy.switch_speed(part, train_toy.Settings(dtype=dtype, **switches))
+    return part
 
 
 def fill_zeros(part):
@@ -55,14 +136,12 @@ def fill_zeros(part):
 
 
 def random_text(part, B):
-    """A clip.Text of B full captions, as this part reads them."""
+    """A clip.Text of B full captions, with CLIP's hidden states for parts that read those."""
     c, w = part.config, next(part.parameters())
-    own = isinstance(getattr(part, "text", None), clip.CaptionStates)
-    hidden = part.text.proj if own else getattr(part, "hidden_in", None)       # of CLIP's states
     tokens = torch.randint(max(2, c.vocab_size), (B, c.context), device=w.device)
     return clip.Text(tokens, torch.ones_like(tokens, dtype=torch.bool),
                      torch.randn(B, c.embed_dim, device=w.device, dtype=w.dtype),
-                     torch.randn(B, c.context, hidden.in_features if hidden else 0,
+                     torch.randn(B, c.context, getattr(c, "text_width", 0),
                                  device=w.device, dtype=w.dtype))
 
 
@@ -86,9 +165,10 @@ def sampling_step(name, part, s, B):
         return lambda: part.encode_text(tokens), 1
     if name == "ar_prior":
         text = random_text(part, small)
-        if device.type == "meta":
-            return parallel(part, small), 1
-        return lambda: part.sample(text, guidance=s.prior_guidance), 1
+        if device.type != "meta":
+            return lambda: part.sample(text, guidance=s.prior_guidance), 1
+        codes = torch.zeros(small, c.components, dtype=torch.long, device=device)
+        return lambda: part(codes, codes[:, 0], text), 1         # the same FLOPs, all at once
 
     if name.startswith("upsampler"):
         side = c.unet.size // 4
@@ -106,13 +186,6 @@ def sampling_step(name, part, s, B):
             network, x, timesteps = started.args
     t = timesteps[len(timesteps) // 2]
     return lambda: network(x, t), len(timesteps)
-
-
-def parallel(part, B):
-    """The AR prior's work for B images, done at once: its FLOPs without its 319 small steps."""
-    codes = torch.zeros(B, part.config.components, dtype=torch.long, device=part.pos.device)
-    text = random_text(part, B)
-    return lambda: part(codes, codes[:, 0], text)
 
 
 def training_loss(name, part, B):
@@ -136,28 +209,20 @@ def training_loss(name, part, B):
     return lambda: part.loss(*batch).mean()
 
 
-def trainer(part, ema=True, fused=True):
+def trainer(part, fused=True):
     """-> step(loss): what a step of the paper's training does: gradients, clipping, AdamW, EMA."""
     weights = list(part.parameters())
     opt = torch.optim.AdamW(weights, 1e-4, fused=fused)
-    averages = [w.detach().clone() for w in weights] if ema else []
+    averages = [w.detach().clone() for w in weights]
 
     def step(loss):
         opt.zero_grad()
         loss().backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         opt.step()
-        if ema:
-            torch._foreach_lerp_(averages, [w.detach() for w in weights], 1e-4)
+        torch._foreach_lerp_(averages, [w.detach() for w in weights], 1e-4)
 
     return step
-
-
-def switched(part, dtype=torch.float32, **switches):
-    """The part with train_toy's switches: bf16 products of float32 weights, recompute, compile."""
-    dtype = "bf16" if dtype == torch.bfloat16 else "fp32"
-    train_toy.switch_speed(part, train_toy.Settings(dtype=dtype, **switches))
-    return part
 
 
 # ---------------------------------------------------------------- counting, without computing
@@ -192,42 +257,43 @@ class Living(TorchDispatchMode):
         return out
 
 
-def flops(work):
+def flops(step):
     """FLOPs of the matrix products, convolutions and attention of one call."""
     fast = torch.cuda.is_available()                     # the CPU's fast kernel is not counted
     with nullcontext() if fast else sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
-            work()
+            step()
     return counter.get_total_flops()
 
 
-def count(name, kind, config, sampling, B, dtype, train=False, recompute=False):
-    """What a stage takes, counted on the meta device: FLOPs, bytes that stay, bytes at the peak.
+def count(setting):
+    """What a setting takes, counted on the meta device: FLOPs, GB that stay, GB at the peak.
 
     The peak is an upper bound: it has matrices of attention that fast kernels never keep, and in
     training all is float32. FLOPs that recompute spends twice count once.
     """
-    part = unclip.build_part(kind, config, "meta", torch.float32 if train else dtype).train(train)
+    name, B, part = setting.part, setting.batch, setting.build("meta")
     if hasattr(part, "cov"):
         part.cov = torch.zeros(part.cov.shape)                   # sampling reads its numbers
-    size = sum(w.numel() for w in part.parameters())
-    row = {"stage": name, "parameters": size}
-    if train:
-        row |= {"steps": 1, "FLOPs": flops(lambda: training_loss(name, part, B)().backward())}
+    size, steps = sum(w.numel() for w in part.parameters()), 1
+    if setting.train:
+        total = flops(lambda: training_loss(name, part, B)().backward())
         part.zero_grad()
-        switched(part, recompute=recompute)
+        switched(part, recompute="recompute" in setting.switches)
         with Living(part) as living:
             training_loss(name, part, B)().backward()
         # stay: weight, gradient, Adam's two moments, EMA; the peak has weights and gradients in it
-        return row | {"held": 20 * size, "needs": 12 * size + living.peak}
-
-    with torch.no_grad(), Living(part) as living:
-        held, made = living.bytes, []
-        once = flops(lambda: made.extend(sampling_step(name, part, sampling, B)))
-        step, steps = made
-        first, later = flops(step), flops(step)                  # the first one may fill a cache
-    return row | {"steps": steps, "FLOPs": once + first + later * (steps - 1), "held": held,
-                  "needs": living.peak}
+        held, needs = 20 * size, 12 * size + living.peak
+    else:
+        with torch.no_grad(), Living(part) as living:
+            held, made = living.bytes, []
+            total = flops(lambda: made.extend(
+                sampling_step(name, part, config_of(setting.preset).sampling, B)))
+            step, steps = made
+            total += flops(step) + (steps - 1) * flops(step)     # the first one may fill a cache
+        needs = living.peak
+    return {"M params": size / 1e6, "steps": steps, "GFLOP": total / 1e9, "held GB": held / 1e9,
+            "needs GB": needs / 1e9}
 
 
 # ---------------------------------------------------------------- measuring
@@ -250,6 +316,13 @@ def seconds_of(step, device, limit, most):
     return sorted(times)[len(times) // 2]
 
 
+def timed(step, device):
+    """-> what one call returns, and its seconds"""
+    made = []
+    seconds = seconds_of(lambda: made.append(step()), device, limit=0, most=1)
+    return made[0], seconds
+
+
 def matmul_ceiling(device, dtype, tf32=False):
     """FLOP/s of one large matrix product of random numbers: what the hardware gives."""
     for n in (8192,) if torch.device(device).type == "cuda" else (512, 1024, 2048):
@@ -262,31 +335,16 @@ def matmul_ceiling(device, dtype, tf32=False):
     return 2 * n ** 3 / seconds
 
 
-@contextmanager
-def float32_as_tf32(on):
-    """On a GPU: products of float32 matrices and convolutions in TF32 (10 bits), or exactly."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = on
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-MEMORY = Path("/proc/meminfo")
-
-
 def free_memory(device):
-    """Bytes that can still be had, on the GPU or on the machine."""
+    """GB that can still be had, on the GPU or on the machine."""
     gc.collect()                                         # compiled parts are tied up in themselves
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    if not MEMORY.exists():                              # not Linux
+        return torch.cuda.mem_get_info(device)[0] / 1e9
+    if not (about := Path("/proc/meminfo")).exists():    # not Linux
         return math.inf
-    lines = dict(line.split(":") for line in MEMORY.read_text().splitlines())
-    return 1024 * int(lines["MemAvailable"].split()[0])              # "16384256 kB"
+    lines = dict(line.split(":") for line in about.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024 / 1e9        # "16384256 kB"
 
 
 def reset_peak_memory(device):
@@ -297,142 +355,141 @@ def reset_peak_memory(device):
 
 
 def peak_memory(device):
-    """Bytes at the highest since the last reset: on CUDA of tensors, on the CPU of the process."""
+    """GB at the highest since the last reset: on CUDA of tensors, on the CPU of the process."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) / 1e9
     if platform.system() == "Windows":
-        return math.nan
+        return None
     import resource
     unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def machine(device):
-    """The name of the GPU, or of the processor."""
+def about(device):
+    """Machine, torch and date: what every number needs beside it."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    about = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in about.read_text().splitlines()
-             if line.startswith("model name")] if about.exists() else []
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-# ---------------------------------------------------------------- tables
+        name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    else:
+        known = Path("/proc/cpuinfo")
+        names = [line.split(":")[1].strip() for line in known.read_text().splitlines()
+                 if line.startswith("model name")] if known.exists() else []
+        name = f"{[*names, platform.machine()][0]}, {torch.get_num_threads()} threads"
+    return {"machine": name, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
 
 
 def markdown(rows):
-    """Dicts -> a Markdown table, with a column for all that any of them has, but for lists."""
-    columns = list(dict.fromkeys(c for row in rows for c, value in row.items()
-                                 if value is not None and not isinstance(value, list)))
+    """Dicts -> a Markdown table, with a column for all that any of them has."""
+    columns = list(dict.fromkeys(c for row in rows for c, x in row.items() if x not in (None, "")))
     cells = [columns, *([cell(row.get(c)) for c in columns] for row in rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]])
 
 
 def cell(value):
-    if value is None or isinstance(value, bool):
-        return {None: "", True: "yes", False: "no"}[value]
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value).replace("|", "/")
-
-
-def about(device):
-    return {"machine": machine(device), "torch": torch.__version__,
-            "date": datetime.date.today().isoformat()}
+    return "" if value is None else str(value).replace("|", "/")
 
 
 # ---------------------------------------------------------------- run, memory, sizes
 
 
-def stages(preset):
-    """-> the Config of a preset, Karlo's among them, and (name, class, config) of its parts."""
-    config, kinds = unclip.PRESETS.get(preset, karlo.PRESET), unclip.PARTS
-    kinds = kinds | karlo.CLASSES if preset == "karlo" else kinds
-    return config, [(name, kind, getattr(config, name)) for name, kind in kinds.items()
-                    if getattr(config, name) is not None]
-
-
-def run_stage(name, kind, config, s, args, device, dtype):
+def measure(setting, device, limit, ceiling):
     """One row of the table, a dict; a note instead of times if it would not fit."""
-    row = count(name, kind, config, s, args.batch, dtype, args.train, args.recompute)
+    row = count(setting)
     if device.type == "meta":
         return row
     free = free_memory(device)
-    least = row["needs"] if device.type == "cpu" else 1.1 * row["held"]  # a full CPU kills programs
-    if least > free:
-        return row | {"note": f"does not fit: it may take {least / 1e9:.1f} GB, {free / 1e9:.1f} "
-                              "GB are free"}
+    least = row["needs GB"] if device.type == "cpu" else 1.1 * row["held GB"]
+    if least > free:                                     # a full CPU kills programs
+        return row | {"note": f"does not fit: it may take {least:.1f} GB, {free:.1f} GB are free"}
 
     reset_peak_memory(device)
-    with torch.set_grad_enabled(args.train):
-        try:
-            part = unclip.build_part(kind, config, device, torch.float32 if args.train else dtype)
-            switched(part, dtype if args.train else torch.float32, recompute=args.recompute,
-                     compile=args.compile)
-            before, most = 0.0, max(3, row["steps"])
-            if args.train:
-                update, loss = trainer(part.train()), training_loss(name, part, args.batch)
-                step = lambda: update(loss)
-            else:
-                begin = lambda: sampling_step(name, part, s, args.batch)[0]
-                step, before = begin(), seconds_of(begin, device, limit=0, most=1)
-            step()                                       # warms up, and compiles
-            seconds = seconds_of(step, device, args.limit_seconds, most)
-        except torch.OutOfMemoryError:
-            return row | {"note": "did not fit: out of memory"}
-    seconds = before + seconds * row["steps"]
-    return row | {"seconds": seconds, "FLOP/s": row["FLOPs"] / seconds, "peak": peak_memory(device)}
+    with torch.set_grad_enabled(setting.train):
+        begin = work(setting, device)
+        begin()[0]()                                     # warms up, and compiles
+        (step, steps), before = timed(begin, device)
+        seconds = before + steps * seconds_of(step, device, limit, max(3, steps))
+    return row | {"seconds": seconds, "images/s": setting.batch / seconds,
+                  "share": row["GFLOP"] * 1e9 / seconds / ceiling, "peak GB": peak_memory(device)}
+
+
+@torch.no_grad()
+def whole(preset, B, device, dtype):
+    """Images of a caption, by a stack with random weights, from end to end: one row."""
+    model = karlo.build(device, dtype) if preset == "karlo" else unclip.build(preset, device, dtype)
+    model.tokenizer = unclip.load(ROOT / "weights/toy.pt").tokenizer
+    for part in filter(None, model.parts.values()):
+        fill_zeros(part)
+    reset_peak_memory(device)
+    x, seconds = timed(lambda: model.sample(CAPTIONS[:1] * B, progress=False), device)
+    return {"seconds": seconds, "images/s": B / seconds, "peak GB": peak_memory(device),
+            "size": x.shape[3], "finite": bool(x.isfinite().all())}
+
+
+def add(found, path, row, numbers):
+    """One more row: its numbers, or why there are none; on disk at once, as the next may crash."""
+    try:
+        row |= numbers()
+    except RuntimeError as error:                        # torch.OutOfMemoryError is one
+        row["note"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    found["rows"].append(row)
+    if path:
+        unclip.write_json(path, found)
+    return row
 
 
 def run(args):
     """A table of all parts. --device meta only counts, anywhere, without GPU or memory."""
-    dtype, (config, parts) = unclip.DTYPES[args.dtype], stages(args.preset)
+    dtype, names = unclip.DTYPES[args.dtype], [n for n in parts_of(args.preset) if n in args.only]
     device = torch.device("meta") if args.device == "meta" else unclip.pick_device(args.device)
     ceiling = None if device.type == "meta" else matmul_ceiling(device, dtype)
-    options = {name: getattr(args, name) for name in ("preset", "batch", "dtype", "train",
-                                                      "recompute", "compile")}
-    found = options | about(device) | {"device": str(device), "ceiling FLOP/s": ceiling}
+    found = {"preset": args.preset, "dtype": args.dtype, "train": args.train, "device": str(device),
+             **about(device), "ceiling FLOP/s": ceiling}
     print(", ".join(f"{name} {value}" for name, value in found.items() if value is not None))
-    rows = [run_stage(name, kind, c, config.sampling, args, device, dtype)
-            for name, kind, c in parts if name in args.only]
+
+    found["rows"], full = [], set()                      # full: what did not fit, or work
+    always = tuple(name for name in ("compile", "recompute") if getattr(args, name))
+    ways = [always, *((*always, name) for name in args.switch)]
+    for B, switches, name in itertools.product(args.batch, ways, names):
+        if (name, switches) not in full:
+            setting = Setting(name, args.preset, B, dtype, args.train, switches)
+            row = add(found, args.json,
+                      {"part": name, "batch": B, "switches": ", ".join(switches)},
+                      lambda: measure(setting, device, args.limit_seconds, ceiling))
+            full |= {(name, switches)} if "note" in row else set()
 
     # one image takes all parts, and one of the two priors
-    used = [row for row in rows if row["stage"] != "ar_prior"]
-    whole = not args.train and set(args.only) >= {*unclip.PARTS} - {"ar_prior"}
-    flops = sum(row["FLOPs"] for row in used) if whole else None
-    seconds = sum(row.get("seconds", math.nan) for row in used) if whole and ceiling else math.nan
-    seconds = None if math.isnan(seconds) else seconds
-    print(markdown([{
-        "stage": row["stage"], "M params": row["parameters"] / 1e6, "steps": row["steps"],
-        "GFLOP": row["FLOPs"] / 1e9, "needs GB": row["needs"] / 1e9,
-        "seconds": row.get("seconds"), "share": row.get("FLOP/s") and row["FLOP/s"] / ceiling,
-        "peak GB": row.get("peak") and row["peak"] / 1e9, "note": row.get("note")}
-        for row in rows]))
-    if whole:
-        print(f"one batch of {args.batch} with the diffusion prior: {flops / 1e12:.4g} TFLOP"
-              + (f" in {seconds:.3g} s" if seconds else ""))
-    if args.json:
-        unclip.write_json(args.json, found | {"stages": rows, "total FLOPs": flops,
-                                              "total seconds": seconds})
+    for B in args.batch:
+        used = [row for row in found["rows"] if row["batch"] == B and row["part"] != "ar_prior"
+                and row.get("switches") == ", ".join(always)]
+        if len(used) == len({*parts_of(args.preset)} - {"ar_prior"}) and not args.train:
+            add(found, args.json, {"part": "all, with the diffusion prior", "batch": B}, lambda: {
+                key: sum(row[key] for row in used) for key in ("GFLOP", "seconds")
+                if all(key in row for row in used)})
+        if args.whole:
+            add(found, args.json, {"part": "whole images, measured", "batch": B},
+                lambda: whole(args.preset, B, device, dtype))
+    print(markdown(found["rows"]))
 
 
-def memory_table(preset, batch=1):
+def memory(args):
     """What sampling takes in GB, as Markdown, a column for each dtype."""
-    (config, parts), table, title = stages(preset), {}, f"GB, {preset}, batch {batch}"
-    for name, dtype in unclip.DTYPES.items():
-        rows = [count(*part, config.sampling, batch, dtype) for part in parts
-                if part[0] != "ar_prior"]
-        cells = {f"{row['stage']}: weights, at its peak":
-                 f"{row['held'] / 1e9:.2f}, {row['needs'] / 1e9:.2f}" for row in rows}
-        together = sum(row["held"] for row in rows) + max(row["needs"] - row["held"]
-                                                          for row in rows)
-        cells["**all parts on the device**"] = f"**{together / 1e9:.1f}**"
-        cells["**one at a time, `--low-memory`**"] = \
-            f"**{max(row['needs'] for row in rows) / 1e9:.1f}**"
-        for row, text in cells.items():
-            table.setdefault(row, {title: row})[name] = text
-    return markdown(list(table.values()))
+    names = [name for name in parts_of(args.preset) if name != "ar_prior"]
+    for B in args.batch:
+        table = {}
+        for kind, dtype in unclip.DTYPES.items():
+            rows = [count(Setting(name, args.preset, B, dtype)) for name in names]
+            held, needs = ([row[key] for row in rows] for key in ("held GB", "needs GB"))
+            together = sum(held) + max(b - a for a, b in zip(held, needs))
+
+            cells = {f"{name}: weights, at its peak": f"{a:.2f}, {b:.2f}"
+                     for name, a, b in zip(names, held, needs)}
+            cells["**all parts on the device**"] = f"**{together:.1f}**"
+            cells["**one at a time, `--low-memory`**"] = f"**{max(needs):.1f}**"
+            for row, text in cells.items():
+                table.setdefault(row, {f"GB, {args.preset}, batch {B}": row})[kind] = text
+        print(markdown(list(table.values())))
 
 
 # part: its name, the size that the paper's table 3 states, and why ours is another
@@ -450,164 +507,45 @@ STATED = {
 }
 
 
-def sizes_table():
+def sizes(args):
     """The paper's sizes and ours, counted: parameters, work and memory of one image or step."""
-    rows, (config, parts) = [], stages("paper")
-    for part in parts:
-        name, stated, why = STATED[part[0]]
-        a, b = (count(*part, config.sampling, 1, torch.bfloat16, train) for train in (False, True))
-        size = a["parameters"] / 1e6
+    rows = []
+    for part, (name, stated, why) in STATED.items():
+        a, b = (count(Setting(part, "paper", 1, torch.bfloat16, train)) for train in (False, True))
+        size = a["M params"]
         rows.append({
             "part": name, "stated": stated,
             "built": f"{size / 1e3:.2f} B" if size >= 1e3 else f"{size:.0f} M", "why": why,
-            "TFLOP an image": a["FLOPs"] / 1e12, "GB, bf16": f"{a['needs'] / 1e9:.1f}",
-            "TFLOP a training step": b["FLOPs"] / 1e12, "GB, training": f"{b['needs'] / 1e9:.1f}"})
-    return markdown(rows)
+            "TFLOP an image": a["GFLOP"] / 1e3, "GB, bf16": f"{a['needs GB']:.1f}",
+            "TFLOP a training step": b["GFLOP"] / 1e3, "GB, training": f"{b['needs GB']:.1f}"})
+    print(markdown(rows))
 
 
 # ---------------------------------------------------------------- compare: runs that take turns
 
-SIDE = 2048                                              # of the matrices whose product is timed
-
-
-def plain_attention(layer, x, context):
-    """`decoder.Attention` as GLIDE has it: channels first, a matrix of weights and a softmax."""
-    B, C, H, W = x.shape
-    h = layer.norm(x).flatten(2)                                               # (B, C, H W)
-    q, k, v = (torch.einsum("oc,bcl->bol", w, h) + b[:, None] for w, b in zip(
-        layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3)))                   # (B, C, H W) each
-    if context is not None:
-        more = [torch.einsum("oc,blc->bol", w, context) + b[:, None] for w, b in zip(
-            layer.context.weight.chunk(2), layer.context.bias.chunk(2))]       # (B, C, K) each
-        k, v = torch.cat([more[0], k], dim=2), torch.cat([more[1], v], dim=2)
-    q, k, v = (y.reshape(B * layer.heads, C // layer.heads, -1) for y in (q, k, v))
-    scale = (C // layer.heads) ** -0.25
-    weight = torch.einsum("bct,bcs->bts", q * scale, k * scale).softmax(dim=-1)
-    h = torch.einsum("bts,bcs->bct", weight, v).reshape(B, C, H * W)
-    h = torch.einsum("oc,bcl->bol", layer.proj.weight, h) + layer.proj.bias[:, None]
-    return x + h.reshape(B, C, H, W)
-
-
-def plain_unet(unet, x, t, context):
-    """`decoder.UNet.forward` with contiguous tensors and plain attention."""
-    def run(level, h, skip):
-        for res, attention in zip(level.res, level.attn):
-            h = attend(attention, res(skip(h), emb))
-            yield h
-        if level.resample is not None:
-            yield level.resample(h, emb)
-
-    def attend(layer, h):
-        return plain_attention(layer, h, context) if isinstance(layer, decoder.Attention) else h
-
-    emb = F.silu(unet.time(clip.sinusoid(t - 1, unet.config.channels)))
-    skips = [unet.conv_in(x)]
-    for level in unet.down:
-        for h in run(level, skips[-1], lambda h: h):
-            skips.append(h)
-    h = attend(unet.mid_attn, unet.mid_res1(skips[-1], emb))
-    h = unet.mid_res2(h, emb)
-    for level in unet.up:
-        for h in run(level, h, lambda h: torch.cat([h, skips.pop()], dim=1)):
-            pass
-    return unet.conv_out(F.silu(unet.norm_out(h)))
-
-
-def unets(config, B, with_diffusers=False):
-    """Ways to run one U-Net with the same weights on the same inputs: {name: (module, forward)}."""
-    torch.manual_seed(0)
-    ours = fill_zeros(decoder.UNet(config))
-    x, t = torch.randn(B, config.in_channels, config.size, config.size), torch.arange(1, B + 1) * 99
-    context = torch.randn(B, 24, config.context_width) if config.context_width else None
-    plain, ways = copy.deepcopy(ours), {}
-    if with_diffusers:
-        theirs = unet_of_diffusers(config)
-        ours.load_state_dict(karlo.rename(
-            ours, karlo.UNET, karlo.Content(theirs.state_dict(), "diffusers' U-Net")))
-        ways["diffusers"] = theirs, lambda: theirs(x, t - 1, context).sample
-    else:
-        ways["ADM's layout written plainly"] = plain, lambda: plain_unet(plain, x, t, context)
-    ours = ours.to(memory_format=torch.channels_last)
-    return {"ours": (ours, lambda: ours(x, t, None, context))} | ways
-
-
-def unet_of_diffusers(config):
-    """diffusers' U-Net of Karlo's decoder, random weights. config.groups must be 32."""
-    from diffusers import UNet2DConditionModel
-    attends = [config.size // 2 ** i in config.attention for i in range(len(config.mults))]
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=config.size, in_channels=config.in_channels, out_channels=config.out_channels,
-        block_out_channels=[m * config.channels for m in config.mults],
-        layers_per_block=config.depth, attention_head_dim=config.head_channels,
-        cross_attention_dim=config.context_width, resnet_time_scale_shift="scale_shift",
-        down_block_types=["SimpleCrossAttnDownBlock2D" if a else "ResnetDownsampleBlock2D"
-                          for a in attends],
-        up_block_types=["SimpleCrossAttnUpBlock2D" if a else "ResnetUpsampleBlock2D"
-                        for a in reversed(attends)],
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn").train()
-
-
-def medians(ways, runs):
-    """{name: a function} -> {name: its median seconds}, taking turns; the first turn warms up."""
-    times = {name: [] for name in ways}
-    for turn in range(runs + 1):
-        for name, work in ways.items():
-            times[name].append(seconds_of(work, "cpu", limit=0, most=1))
-    return {name: sorted(seconds[1:])[len(seconds[1:]) // 2] for name, seconds in times.items()}
-
-
-def compare_unets(what, ways, runs):
-    """-> a row for the forward pass, and one for both passes; their outputs must agree."""
-    def there_and_back(network, forward):
-        network.zero_grad()
-        forward().square().mean().backward()
-
-    with torch.no_grad():
-        first, *others = [forward() for _, forward in ways.values()]
-    assert all(torch.allclose(first, other, atol=1e-4) for other in others), "they must agree"
-    matrix, rows = torch.randn(SIDE, SIDE), []
-    for passes in ("forward", "forward and backward"):
-        back = passes != "forward"
-        calls = {name: functools.partial(there_and_back, *way) if back else way[1]
-                 for name, way in ways.items()}
-        with torch.set_grad_enabled(back):
-            rows.append({"what": what, "passes": passes, "FLOPs": flops(calls["ours"]),
-                         "seconds": medians(calls | {"product": lambda: matrix @ matrix}, runs)})
-    return rows
-
 
 def training_ways(name):
     """A training step of a toy part: as it is, and with one switch each."""
-    ways = {}
-    for switch in ("ours", "weights contiguous", "explicit softmax", "AdamW not fused", "compile",
-                   "recompute", "bf16"):
-        torch.manual_seed(0)
-        part = unclip.build_part(unclip.PARTS[name], getattr(unclip.PRESETS["toy"], name)).train()
-        switched(part, torch.bfloat16 if switch == "bf16" else torch.float32,
-                           recompute=switch == "recompute", compile=switch == "compile")
-        if switch == "weights contiguous":
-            part.to(memory_format=torch.contiguous_format)
-        kernels = [SDPBackend.MATH]
-        if switch != "explicit softmax":
-            kernels.append(SDPBackend.FLASH_ATTENTION)
-        step = sdpa_kernel(kernels)(trainer(part, fused=switch != "AdamW not fused"))
-        ways[switch] = functools.partial(step, training_loss(name, part, 16))
-    return ways
+    ways = {"ours": {}, "bf16": {"dtype": torch.bfloat16}}
+    ways |= {switch: {"switches": (switch,)} for switch in (
+        "contiguous-weights", "explicit-softmax", "AdamW-not-fused", "compile", "recompute")}
+    return {way: work(Setting(name, batch=16, train=True, **how), "cpu")()[0]
+            for way, how in ways.items()}
 
 
+@torch.no_grad()
 def sampling_ways(name, B):
     """Ways to do a guided sampling step of the toy's decoder or diffusion prior."""
-    torch.manual_seed(0)
-    part = unclip.build_part(unclip.PARTS[name], getattr(unclip.PRESETS["toy"], name))
+    part = Setting(name).build("cpu")
     text, D = random_text(part, B), part.config.embed_dim
     given = (clip.unit(torch.randn(B, D)),) if name == "decoder" else ()
     x = torch.randn(B, 3, 16, 16) if given else torch.randn(B, D)
     both, one = part.denoiser(*given, text, 2.0), part.denoiser(*given, text)
     none = part.denoiser(*(part.null_image.expand_as(z) for z in given), text.null())
-    return {"ours": lambda: both(x, 500),
+    ways = {"ours": lambda: both(x, 500),
             "what all steps share done at each": lambda: part.denoiser(*given, text, 2.0)(x, 500),
             "guidance as two batches": lambda: diffusion.guide(none(x, 500), one(x, 500), 2.0)}
+    return {way: torch.no_grad()(step) for way, step in ways.items()}
 
 
 def ar_ways(B):
@@ -626,7 +564,7 @@ def ar_ways(B):
 
 def muon_ways():
     """A step of Muon on the toy's decoder; torch's takes matrices only."""
-    part = unclip.build_part(decoder.Decoder, unclip.PRESETS["toy"].decoder)
+    part = Setting("decoder").build("cpu")
     ours, theirs = train_toy.make_optimizers(part, train_toy.TOY["decoder"])[1], []
     for w in ours.param_groups[0]["params"]:
         w.grad = torch.randn_like(w)
@@ -636,113 +574,252 @@ def muon_ways():
     return {"ours": ours.step, "torch.optim.Muon": theirs.step}
 
 
+def unet_ways(config, B, backward=False):
+    """Our U-Net and diffusers' (Karlo's), equal weights and inputs. config.groups must be 32."""
+    from diffusers import UNet2DConditionModel
+    attends = [config.size // 2 ** i in config.attention for i in range(len(config.mults))]
+    torch.manual_seed(0)
+    ours, theirs = decoder.UNet(config), UNet2DConditionModel(
+        sample_size=config.size, in_channels=config.in_channels, out_channels=config.out_channels,
+        block_out_channels=[m * config.channels for m in config.mults],
+        layers_per_block=config.depth, attention_head_dim=config.head_channels,
+        cross_attention_dim=config.context_width, resnet_time_scale_shift="scale_shift",
+        down_block_types=["SimpleCrossAttnDownBlock2D" if a else "ResnetDownsampleBlock2D"
+                          for a in attends],
+        up_block_types=["SimpleCrossAttnUpBlock2D" if a else "ResnetUpsampleBlock2D"
+                        for a in reversed(attends)],
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn").train()
+    ours.load_state_dict(karlo.rename(
+        ours, karlo.UNET, karlo.Content(theirs.state_dict(), "diffusers' U-Net")))
+    ours = ours.to(memory_format=torch.channels_last)
+
+    x, t = torch.randn(B, config.in_channels, config.size, config.size), torch.arange(1, B + 1) * 99
+    context = torch.randn(B, 24, config.context_width)
+    ways = {"ours": lambda: ours(x, t, None, context),
+            "diffusers": lambda: theirs(x, t - 1, context).sample}
+    with torch.no_grad():
+        assert torch.allclose(*(forward() for forward in ways.values()), atol=1e-4), "must agree"
+    if not backward:
+        return {name: torch.no_grad()(forward) for name, forward in ways.items()}
+    return {name: lambda forward=forward: forward().square().mean().backward()
+            for name, forward in ways.items()}
+
+
+SMALL = decoder.UNetConfig(size=32, channels=64, mults=(1, 2, 3, 4), depth=2, attention=(16, 8, 4),
+                           context_width=256)
+QUARTER = replace(unclip.PRESETS["paper"].decoder.unet, channels=128, context_width=512,
+                  dropout=0.0)
+COMPARISONS = {                                      # what: -> {name: what to time}, ours first
+    "toy decoder, batch 16: a training step": lambda: training_ways("decoder"),
+    "toy diffusion prior, batch 16: a training step": lambda: training_ways("diffusion_prior"),
+    "toy decoder, guided, batch 4: a sampling step": lambda: sampling_ways("decoder", 4),
+    "toy diffusion prior, guided, batch 8: a sampling step": lambda: sampling_ways(
+        "diffusion_prior", 8),
+    "AR prior, 320 positions, batch 1: sampling": lambda: ar_ways(1),
+    "AR prior, 320 positions, batch 4: sampling": lambda: ar_ways(4),
+    "Muon on the toy's decoder: a step": muon_ways}
+WITH_DIFFUSERS = {
+    "U-Net of 64 channels, 32 px, batch 2: forward": lambda: unet_ways(SMALL, 2),
+    "U-Net of 64 channels, 32 px, batch 2: both ways": lambda: unet_ways(SMALL, 2, backward=True),
+    "the paper's decoder, a quarter as wide, batch 2: forward": lambda: unet_ways(QUARTER, 2),
+    "the paper's decoder, a quarter as wide, batch 2: both ways": lambda: unet_ways(
+        QUARTER, 2, backward=True)}
+
+
 def compare(args):
-    """Ratios of runs that take turns, on the CPU; a large matrix product takes its turn, too."""
+    """Other layouts, switches and libraries: medians of runs that take turns, on the CPU."""
     if args.diffusers and importlib.util.find_spec("diffusers") is None:
         raise ValueError("--diffusers compares with diffusers, which is not installed and not one "
                          "of our five packages; do `pip install diffusers`, or leave it out")
-    toy, rows = unclip.PRESETS["toy"], []
-    small = decoder.UNetConfig(size=32, channels=64, mults=(1, 2, 3, 4), depth=2,
-                               attention=(16, 8, 4), context_width=256)
-    quarter = replace(unclip.PRESETS["paper"].decoder.unet, channels=128, context_width=512,
-                      dropout=0.0)
-    jobs = [("U-Net of the toy's decoder, batch 16", toy.decoder.unet, 16, False),
-            ("U-Net of upsampler 1, batch 4", toy.upsampler1.unet, 4, False),
-            ("U-Net of 64 channels, 32 px, batch 2", small, 2, False),
-            ("the paper's decoder, a quarter as wide, batch 2", quarter, 2, False)]
-    jobs += [(f"{what}, diffusers' weights", config, B, True) for what, config, B, _ in jobs[2:]
-             if args.diffusers]
-    for what, config, B, theirs in jobs:
-        rows += compare_unets(what, unets(config, B, theirs), args.runs)
-    for name in ("decoder", "diffusion_prior"):
-        rows.append({"what": f"toy {name}, batch 16", "passes": "a training step",
-                     "seconds": medians(training_ways(name), args.runs)})
-    with torch.no_grad():
-        for name, B in (("decoder", 4), ("diffusion_prior", 8)):     # a caption: 4 drawn, 2 each
-            rows.append({"what": f"toy {name}, guided, batch {B}", "passes": "a sampling step",
-                         "seconds": medians(sampling_ways(name, B), 10 * args.runs)})
-    for B in (1, 4):
-        rows.append({"what": f"AR prior, 320 positions, batch {B}", "passes": "sampling",
-                     "seconds": medians(ar_ways(B), args.runs)})
-    rows.append({"what": "Muon on the toy's decoder", "passes": "a step",
-                 "seconds": medians(muon_ways(), args.runs)})
+    ceiling, found = matmul_ceiling("cpu", torch.float32), about("cpu") | {"rows": []}
 
-    found = about("cpu") | {"runs": args.runs, "rows": rows}
-    print(f"{found['machine']}, torch {found['torch']}, {found['date']}", compare_table(rows),
+    for what, make in (COMPARISONS | (WITH_DIFFUSERS if args.diffusers else {})).items():
+        ways = make()
+        turns = [{name: seconds_of(step, "cpu", limit=0.2, most=10) for name, step in ways.items()}
+                 for _ in range(args.runs + 1)][1:]          # the first turn warms up
+        median = {name: sorted(turn[name] for turn in turns)[args.runs // 2] for name in ways}
+        ours, share = median.pop("ours"), flops(ways["ours"]) / ceiling
+        for name, seconds in median.items():
+            add(found, args.json, {"what": what, "ours": ours, "against": name, "seconds": seconds},
+                lambda: {"times as fast": seconds / ours, "share": share / ours})
+    print(f"{found['machine']}, torch {found['torch']}, {found['date']}", markdown(found["rows"]),
           sep="\n\n")
-    if args.json:
-        unclip.write_json(args.json, found)
 
 
-def compare_table(rows):
-    """The comparisons as Markdown, a line for each against each."""
-    best = max(2 * SIDE ** 3 / row["seconds"]["product"] for row in rows
-               if "product" in row["seconds"])
-    lines = []
-    for row in rows:
-        ours = row["seconds"]["ours"]
-        share = f"{100 * row['FLOPs'] / ours / best:.0f} %" if "FLOPs" in row else ""
-        lines += [{"": f"{row['what']}: {row['passes']}", "seconds": f"{ours:.3f}",
-                   "against": f"{seconds:.3f}, {name}", "times as fast": f"{seconds / ours:.2f}",
-                   "share": share}
-                  for name, seconds in row["seconds"].items() if name not in ("ours", "product")]
-    return markdown(lines)
+# ---------------------------------------------------------------- a GPU's ten minutes
+
+CAPTIONS = ["a small red circle above a large blue square", "a large orange square"]
+
+
+def machine(args):
+    """What a device multiplies, copies, and draws with the toy's weights, beside the CPU."""
+    device, found = unclip.pick_device(args.device), about(args.device) | {"rows": []}
+    n = 2 ** 24 if device.type == "cpu" else 2 ** 30
+    kinds = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True),
+             "fp32": (torch.float32, False)}
+    for kind, how in kinds.items():
+        add(found, args.json, {"what": f"matrix product, {kind}"},
+            lambda: {"TFLOP/s": matmul_ceiling(device, *how) / 1e12})
+
+    def copy():
+        x, y = torch.ones(n, device=device), torch.empty(n, device=device)
+        return {"GB/s": 8 * n / seconds_of(lambda: y.copy_(x), device, limit=1, most=20) / 1e9}
+
+    def images(device, dtype, tf32, prior):
+        model = unclip.load(ROOT / "weights/toy.pt", device, dtype)
+        with float32_as_tf32(tf32):
+            for _ in range(2):                           # the first one warms up
+                x, seconds = timed(lambda: model.sample(
+                    CAPTIONS, prior=prior, generator=torch.Generator().manual_seed(0),
+                    progress=False), device)
+        return x.cpu().float(), seconds
+
+    def compared(prior, how):
+        x, seconds = images(device, *how, prior)
+        apart = (x - on_cpu[0]).abs()
+        right = [train_toy.agrees(train_toy.parse(caption), train_toy.read(image))
+                 for caption, image in zip(CAPTIONS, x)]
+        return {"seconds": seconds, "seconds on the CPU": on_cpu[1], "captions right": sum(right),
+                "largest difference": apart.max().item(), "mean difference": apart.mean().item()}
+
+    add(found, args.json, {"what": "copying, read and written"}, copy)
+    for prior in ("diffusion", "ar"):
+        on_cpu = images("cpu", torch.float32, False, prior)
+        for kind, how in kinds.items():
+            add(found, args.json, {"what": f"toy, {prior} prior, {kind}"},
+                lambda: compared(prior, how))
+    print(markdown(found["rows"]))
+
+
+RUN = ("extras/benchmark.py run --json FOLDER/rows.json --preset {preset} --device {device} "
+       "--dtype {dtype} --limit-seconds 2 ")
+# name: (words behind `python`, seconds it needs at least and at most), the most informative first
+STAGES = {
+    "machine": ("extras/benchmark.py machine --json FOLDER/rows.json --device {device}", 3, 90),
+    "tests": ("-m pytest -v -rfEs --tb=short --color=no -p no:cacheprovider "
+              "tests/extras/test_cuda.py", 60, 120),
+    "sampling": (RUN + "--batch 1 {batch} --whole", 10, 150),
+    "training decoder": (RUN + "--train --only decoder --batch 1 8 16 32 64 128 --switch recompute",
+                         10, 90),
+    "training": (RUN + "--train --only clip diffusion_prior ar_prior upsampler1 upsampler2 "
+                 "--batch 1 16 64 256", 10, 90),
+    "karlo": (RUN + "--preset karlo --batch 1 {batch} --whole", 10, 60),
+    "switches": (RUN + "--only decoder --batch {batch} --switch contiguous-weights flash-attention "
+                 "efficient-attention cudnn-attention explicit-softmax cudnn-benchmark", 10, 60),
+    "switches of float32": (RUN + "--only decoder --batch {batch} --dtype fp32 --switch autocast "
+                            "tf32", 10, 60),
+    "compile decoder": (RUN + "--only decoder --batch 1 {batch} --switch compile", 30, 110),
+    "toy training": (RUN + "--train --preset toy --batch 64", 10, 60),
+    "toy training on the CPU": (RUN + "--train --preset toy --batch 64 --device cpu --dtype fp32",
+                                10, 60),
+    "train_toy.py": ("train_toy.py --device {device} --out FOLDER --steps-scale 0.02", 20, 80),
+    "compile the others": (RUN + "--only upsampler2 diffusion_prior --batch 1 {batch} --switch "
+                           "compile", 30, 150)}
+
+
+def acceptance(args):
+    """All that only a GPU can show, each stage in a process of its own, which may hang or crash.
+
+    OUT/acceptance.json has at once what each stage found, OUT/acceptance.md the tables.
+    """
+    device, end, found = unclip.pick_device(args.device), time.time() + args.seconds, {}
+    file, page = (Path(args.out) / f"acceptance.{kind}" for kind in ("json", "md"))
+    if file.exists():
+        raise ValueError(f"{file} is there already; choose another --out")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    words = {"preset": args.preset, "device": device, "batch": " ".join(map(str, args.batch)),
+             "dtype": "bf16" if device.type == "cuda" else "fp32"}
+
+    for name in args.only:
+        command, least, most = STAGES[name]
+        left = end - time.time()
+        found[name] = {"status": f"skipped: {max(0.0, left):.0f} s left, it needs {least}"}
+        if left >= least:
+            found[name] = stage(command.format(**words).split(), min(most, left))
+        print(f"{name}: {found[name]['status']}", flush=True)
+        unclip.write_json(file, found)
+
+    text = [", ".join(about(device).values()) + ". A share is of a large matrix product of that "
+            "dtype. One step is timed, and seconds are that times their number; but for whole "
+            "images, which are drawn."]
+    for name, it in found.items():
+        last = "".join(it.get("output", [])[-1:])
+        text += [f"### {name}", it["status"], markdown(it["rows"]) if "rows" in it else last]
+    unclip.write_atomically(page, lambda f: f.write(("\n\n".join(text) + "\n").encode()))
+
+
+def stage(words, limit):
+    """Python runs these words for so many seconds -> status, the end of the output, the rows."""
+    start = time.time()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        words = [word.replace("FOLDER", folder) for word in words]
+        file, log = Path(folder) / "rows.json", Path(folder) / "log"
+        with open(log, "wb") as output:
+            try:
+                status = subprocess.run([sys.executable, *words], cwd=ROOT, timeout=limit,
+                                        stdout=output, stderr=subprocess.STDOUT).returncode
+            except subprocess.TimeoutExpired:
+                status = None
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        found = json.loads(file.read_text()) if file.exists() else {}
+
+    status = {0: "done", None: "time limit"}.get(status, f"exit status {status}")
+    return {"status": f"{status}, {time.time() - start:.0f} s", "command": " ".join(words),
+            "output": lines[-200:], **found}
 
 
 # ---------------------------------------------------------------- command line
 
+OPTIONS = {
+    "--preset": {"choices": ("toy", "paper", "karlo"), "default": "toy", "help": "which sizes"},
+    "--device": {"default": "cpu", "help": "cpu, cuda, mps; of `run` also meta: only count"},
+    "--dtype": {"choices": unclip.DTYPES, "default": "fp32", "help": "of the products"},
+    "--batch": {"type": unclip.positive, "nargs": "+", "default": [1], "help": "images at once"},
+    "--train": {"action": "store_true", "help": "a training step instead of sampling"},
+    "--compile": {"action": "store_true", "help": "torch.compile the networks"},
+    "--recompute": {"action": "store_true", "help": "activation checkpointing"},
+    "--switch": {"nargs": "+", "choices": SWITCHES, "default": [], "metavar": "SWITCH",
+                 "help": f"measure again with each of {', '.join(SWITCHES)}"},
+    "--whole": {"action": "store_true", "help": "also draw whole images, from end to end"},
+    "--limit-seconds": {"type": unclip.number(0.0, 1e6), "default": 10.0, "help": "for each part"},
+    "--json": {"type": unclip.writable, "metavar": "FILE", "help": "for the numbers"},
+    "--runs": {"type": unclip.positive, "default": 7, "help": "of each, taking turns"},
+    "--diffusers": {"action": "store_true", "help": "its U-Net too, equal weights"},
+    "--out": {"type": unclip.named, "metavar": "FOLDER", "required": True, "help": "for all of it"},
+    "--seconds": {"type": unclip.number(0.0, 1e6), "default": 500.0, "help": "for everything"}}
+COMMANDS = {                                 # function, choices of --only, options, defaults
+    "run": (run, unclip.PARTS, "--preset --device --dtype --batch --train --compile --recompute "
+            "--switch --whole --limit-seconds --json", {}),
+    "memory": (memory, (), "--preset --batch", {}),
+    "sizes": (sizes, (), "", {}),
+    "compare": (compare, (), "--runs --diffusers --json", {}),
+    "machine": (machine, (), "--device --json", {}),
+    "acceptance": (acceptance, STAGES, "--preset --device --batch --out --seconds",
+                   {"preset": "paper", "device": "cuda", "batch": [8]})}
 
-def dispatch(args):
-    from extras import acceptance                        # which imports this module
-    commands = {"run": run, "compare": compare, "acceptance": acceptance.acceptance,
-                "memory": lambda args: print(memory_table(args.preset, args.batch)),
-                "sizes": lambda args: print(sizes_table())}
-    commands[args.command](args)
+
+def command_line(doc, options, commands, argv):
+    """{option: argparse's} and {command: (function, choices of --only, options, defaults)}"""
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (work, names, own, defaults) in commands.items():
+        words = work.__doc__.split("\n")[0]
+        sub = subparsers.add_parser(name, help=words, description=words, allow_abbrev=False,
+                                    formatter_class=unclip.HelpFormatter)
+        for option in own.split():
+            sub.add_argument(option, **options[option])
+        if names:
+            sub.add_argument("--only", nargs="+", choices=names, default=list(names),
+                             metavar="NAME", help=", ".join(names))
+        sub.set_defaults(work=work, **defaults)
+    args = parser.parse_args(argv)
+    return unclip.stop_on_error(args.work, args)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, help, presets=(), batch=1):
-        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        if presets:
-            sub.add_argument("--preset", choices=presets, default=presets[0], help="which sizes")
-            sub.add_argument("--batch", type=unclip.positive, default=batch, help="images at once")
-        return sub
-
-    one = command("run", "how fast each part is, and whether it fits", ("toy", "paper", "karlo"))
-    one.add_argument("--device", default="cpu", help="cpu, cuda, mps; meta counts and runs nothing")
-    one.add_argument("--dtype", choices=unclip.DTYPES, default="fp32", help="of the products")
-    one.add_argument("--only", nargs="+", choices=unclip.PARTS, default=list(unclip.PARTS),
-                     metavar="PART", help=f"of {', '.join(unclip.PARTS)}")
-    one.add_argument("--train", action="store_true", help="a training step instead of sampling")
-    one.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    one.add_argument("--recompute", action="store_true", help="activation checkpointing")
-    seconds = unclip.number(0.0, 1e6)
-    one.add_argument("--limit-seconds", type=seconds, default=10.0, help="for each part")
-    command("memory", "GB that sampling takes, part by part", ("toy", "paper", "karlo"))
-    command("sizes", "the paper's table of parameters, and ours")
-
-    other = command("compare", "with other layouts, and with diffusers if it is installed")
-    other.add_argument("--runs", type=unclip.positive, default=7, help="of each, taking turns")
-    other.add_argument("--diffusers", action="store_true", help="its U-Net too, equal weights")
-    for sub in (one, other):
-        sub.add_argument("--json", type=unclip.writable, metavar="FILE", help="for the numbers")
-
-    gpu = command("acceptance", "all that only a GPU can show, within --seconds", ("paper", "toy"),
-                  batch=8)
-    gpu.add_argument("--device", default="cuda", help="cuda; cpu tries the program itself")
-    gpu.add_argument("--out", type=unclip.named, required=True, metavar="FOLDER",
-                     help="for the JSON and the tables")
-    gpu.add_argument("--seconds", type=seconds, default=500.0, help="for everything")
-    gpu.add_argument("--only", nargs="+", metavar="STAGE", help="machine, toy, tests, sampling, "
-                     "training, karlo, switches, \"compile decoder\", ...; default: all of them")
-    gpu.add_argument("--until", type=float, help=argparse.SUPPRESS)      # of the working process
-    return unclip.stop_on_error(dispatch, parser.parse_args(argv))
+    return command_line(__doc__, OPTIONS, COMMANDS, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -20,16 +20,13 @@ import functools
 import inspect
 import itertools
 import json
-import platform
 import random
-import re
 import sys
 import textwrap
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable
 from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
@@ -44,6 +41,7 @@ import decoder
 import diffusion
 import prior
 import train_toy
+from extras import benchmark
 from train_toy import Object, Scene, caption, plt, render_many, stated
 
 STEPS = 25                                        # of DDIM, each way
@@ -390,9 +388,7 @@ class Finding:
     paper: str                                    # the figure or table it answers
     title: str
     settings: dict                                # {series: {x: Setting}}
-    words: str = ""                               # of each setting; [measure]: its number
-    said: tuple = ()                              # the settings in the sentence; (): all
-    more: Callable = lambda numbers: ""           # numbers -> the end of the sentence
+    said: tuple = ()                              # the settings in the answer; (): all
     scenes: dict = field(default_factory=dict)    # options of some_scenes
     n: int = 20
     curves: bool = False
@@ -401,10 +397,11 @@ class Finding:
         return {f"{series} {x}".strip(): setting for series, settings in self.settings.items()
                 for x, setting in settings.items()}
 
-    def sentence(self, numbers):
-        said = self.said or (self.rows() if self.words else ())
-        parts = [f"{label}: {in_words(numbers, label, self.words)}" for label in said]
-        return "; ".join(filter(None, [*parts, self.more(numbers)]))
+    def answer(self, numbers):
+        return "; ".join(
+            f"{label}: " + ", ".join(f"{name} {in_words(numbers, label, name)}"
+                                     for name in setting.measures)
+            for label, setting in self.rows().items() if label in (self.said or [label]))
 
 
 def vary(name, values, **others):
@@ -417,25 +414,6 @@ def sampled(name, values, **others):
     return {value: Setting(sampling={name: value}, **others) for value in values}
 
 
-def components_needed(numbers):
-    """How many components win 80 % of what all win over none, which is a guess."""
-    ks, needed = list(FINDINGS["pca"].settings["k ="]), {}
-    for name in ("number", "colour", "relation", "size", "shape"):
-        guess, *shares = (numbers[f"k = {k}: {name}"][0] for k in ks)
-        enough = [k for k, share in zip(ks[1:], shares)
-                  if share - guess >= 0.8 * (shares[-1] - guess)]
-        needed[name] = min([*enough, ks[-1]])
-    return "components that win 80 % of what all 64 win over a guess: " + ", ".join(
-        f"{name} {needed[name]}" for name in sorted(needed, key=needed.get))
-
-
-def diversity_kept(numbers):
-    kept = {way: numbers[f"{way} 5.0: diversity"][0] / (numbers[f"{way} 1.0: diversity"][0] or 1)
-            for way in FINDINGS["guidance"].settings}
-    return "from scale 1 to 5 diversity changes by a factor of " + ", ".join(
-        f"{factor:.2f} ({way})" for way, factor in kept.items())
-
-
 ONE, PRIORS = {"two": False, "split_of": "train"}, ("diffusion prior", "AR prior")
 BOTH = {"n": 2, "measures": ("accuracy", "diversity")}
 SHARP = {"condition": "true image embedding", "measures": ("accuracy", "Frechet distance")}
@@ -445,49 +423,40 @@ FINDINGS = {
     "variations": Finding(
         "Fig. 3", "Variations: z_i stays, DDIM with eta forgets x_T",
         {"eta": vary("eta", (0.0, 0.25, 0.5, 1.0), condition="image", n=2,
-                     measures=("accuracy", "differ", "diversity", "PSNR"))},
-        "[accuracy] keep all that a caption states, [differ] differ in place, size or shade, "
-        "spread [diversity] of that of fresh images", ("eta 0.25", "eta 0.5", "eta 1.0"), n=67),
+                     measures=("accuracy", "differ", "diversity", "PSNR"))}, n=67),
     "interpolations": Finding(
         "Fig. 4", "Interpolations: z_i and x_T are turned together",
-        {"": {"on the way": Setting("interpolation", 7, ("ends", "switch once"))}},
-        "[ends] of the ends come back; [switch once] of the attributes that differ switch exactly "
-        "once", scenes=ONE),
+        {"": {"on the way": Setting("interpolation", 7, ("ends", "switch once"))}}, scenes=ONE),
     "text_diffs": Finding(
         "Fig. 5", "Text diffs: z_i is turned towards the difference of two captions",
         {kind: vary("strength", (0.25, 0.3, 0.4, 0.5), condition="image", edit=kind,
                     measures=("reached", "rest kept")) for kind in ("colour", "shape", "size")},
-        "[reached] reach the target, [rest kept] keep the rest", scenes=ONE, n=67,
-        said=("colour 0.4", "shape 0.4", "size 0.4")),
+        ("colour 0.4", "shape 0.4", "size 0.4"), scenes=ONE, n=67),
     "inpainting": Finding(
         "RePaint", "The part with the second object is drawn anew, with another colour or shape",
         {"": {kind: Setting("inpainting", edit=kind) for kind in ("colour", "shape")}},
-        "[accuracy] right",
         scenes={"two": True, "keep": lambda scene: scene.relation in ("left of", "above")}),
     "pca": Finding(
         "Fig. 7", "Decoded from the first k principal components of z_i",
         {"k =": vary("components", (0, 1, 2, 4, 6, 9, 14, 64), condition="image",
                      measures=("number", "colour", "relation", "size", "shape"))},
-        more=components_needed),
+        ("k = 0", "k = 6", "k = 14", "k = 64")),
     "prior": Finding(
         "Fig. 8, table 2", "What the decoder receives as image embedding",
         {"": vary("condition", train_toy.CONDITIONS[1:], n=2, measures=(
             "accuracy", "diversity", "Frechet distance", "cos(z_i, true z_i)", "cos(z_i, z_t)"))},
-        "[accuracy], cosine to the true z_i [cos(z_i, true z_i)], to z_t [cos(z_i, z_t)]",
         curves=True),
     "guidance": Finding(
         "Fig. 9-11", "Guidance, with a prior and with the caption alone",
         {way: sampled("guidance", (1.0, 2.0, 3.0, 5.0), condition=way, **BOTH)
-         for way in ("diffusion prior", "caption alone")}, more=diversity_kept, curves=True),
+         for way in ("diffusion prior", "caption alone")}, curves=True),
     "priors_cost": Finding(
         "Table 1", "What one embedding costs",
-        {"": vary("condition", PRIORS, n=0, measures=("MFLOP",))},
-        "[MFLOP] MFLOP an embedding", curves=True),
+        {"": vary("condition", PRIORS, n=0, measures=("MFLOP",))}, curves=True),
     "binding": Finding(
         "Fig. 14, 15", "Which of the two is red?",
         {"": vary("condition", ("true image embedding", "diffusion prior", "caption alone"),
                   measures=("accuracy", "swapped"))},
-        "[accuracy] right, [swapped] with the colours exchanged",
         scenes={"two": True, "keep": alike}),
     "samplers": Finding(
         "Sec. 2.2, app. C", "Samplers and their steps: of the decoder, and of the prior (z_i)",
@@ -496,44 +465,40 @@ FINDINGS = {
          **{name: sampled("prior_steps", (5, 10, 25, 50), sampler=how, n=0,
                           measures=("Frechet distance of z_i",)) for name, how in {
              "prior, analytic": {}, "prior, fixed small": {"variance": "small"}}.items()}},
-        "[accuracy]", tuple(f"{name} {k}" for name in SAMPLERS for k in (10, 50)), curves=True),
+        tuple(f"{name} {k}" for name in SAMPLERS for k in (10, 50)), curves=True),
     "clip_guided": Finding(
         "Sec. 6", "Gradient ascent on CLIP's similarity, and unCLIP",
         {"": vary("condition", ("gradient ascent on CLIP", "diffusion prior"),
-                  measures=("accuracy", "cos(image, z_t)"))},
-        "[accuracy] right, cosine to the caption [cos(image, z_t)]", scenes={"two": False}),
+                  measures=("accuracy", "cos(image, z_t)"))}, scenes={"two": False}),
     "generalisation": Finding(
         "(ours)", "Training captions, worded as in training and otherwise",
-        {"": vary("wording", WORDINGS)}, "[accuracy]", scenes=ONE),
+        {"": vary("wording", WORDINGS)}, scenes=ONE),
     "memorisation": Finding(
         "(ours)", "Are training images drawn again?",
         {"": vary("condition", ("true image", "diffusion prior", "nearest training image"),
-                  measures=("cos(nearest training image)",))},
-        "cosine to the nearest training image [cos(nearest training image)]",
-        ("true image", "diffusion prior"))}
+                  measures=("cos(nearest training image)",))})}
 
 
-def experiment(settings, words="[accuracy] right", of=""):
-    return Finding("", "", {of: settings}, words, n=32)
+def experiment(settings, of=""):
+    return Finding("", "", {of: settings}, n=32)
 
 
-SPREAD = "[accuracy] right and diversity [diversity]"
 EXPERIMENTS = {
-    "guidance": experiment(sampled("guidance", (0.0, 1.0, 2.0, 5.0), **BOTH), SPREAD, "scale"),
-    "decoder_steps": experiment(sampled("decoder_steps", (2, 5, 12, 50)), of="steps"),
-    "prior_steps": experiment(sampled("prior_steps", (1, 4, 16, 64)), of="steps"),
-    "other_prior": experiment(vary("condition", PRIORS, **BOTH), SPREAD),
-    "candidates": experiment(sampled("candidates", (1, 2, 8)), of="candidates"),
-    "rerank": experiment(vary("rerank", (1, 2, 4)), of="best of"),
-    "prior_guidance": experiment(sampled("prior_guidance", (1.0, 2.0, 4.0)), of="scale"),
+    "guidance": experiment(sampled("guidance", (0.0, 1.0, 2.0, 5.0), **BOTH), "scale"),
+    "decoder_steps": experiment(sampled("decoder_steps", (2, 5, 12, 50)), "steps"),
+    "prior_steps": experiment(sampled("prior_steps", (1, 4, 16, 64)), "steps"),
+    "other_prior": experiment(vary("condition", PRIORS, **BOTH)),
+    "candidates": experiment(sampled("candidates", (1, 2, 8)), "candidates"),
+    "rerank": experiment(vary("rerank", (1, 2, 4)), "best of"),
+    "prior_guidance": experiment(sampled("prior_guidance", (1.0, 2.0, 4.0)), "scale"),
     "no_prior": experiment(vary("condition", ("diffusion prior", "text embedding in its place",
                                               "caption alone"))),
     "enlarging": experiment(
         {"bicubic": Setting("true image", upsample="bicubic", measures=("PSNR",)),
          **sampled("upsampler_steps", ((1, 1), (2, 2), (10, 4)), condition="true image",
-                   upsample="network", measures=("PSNR",))}, "[PSNR] dB"),
+                   upsample="network", measures=("PSNR",))}),
     "a_planted_bug": experiment({"ours": Setting(**BOTH), "with the bug": Setting(
-        bug="variance_times_noise", **BOTH)}, SPREAD)}
+        bug="variance_times_noise", **BOTH)})}
 GALLERY = ("a small red circle above a large blue square", "a large orange square",
            "a large cyan circle left of a small purple cross",
            "a small yellow circle below a large black cross",
@@ -560,14 +525,11 @@ def measure(models, finding, seeds, n=None, baseline=None):
     return numbers
 
 
-def in_words(numbers, label, words):
-    """The words with each [measure] replaced by its number."""
-    def number(match):
-        value, spread = numbers[f"{label}: {match[1]}"]
-        if match[1] in COUNTED:
-            return f"{100 * value:.0f}{'' if spread is None else f' ± {100 * spread:.0f}'} %"
-        return f"{value:.3g}" + ("" if spread is None else f" ± {spread:.2g}")
-    return re.sub(r"\[(.+?)\]", number, words)
+def in_words(numbers, label, name):
+    value, spread = numbers[f"{label}: {name}"]
+    if name in COUNTED:
+        return f"{100 * value:.0f}{'' if spread is None else f' ± {100 * spread:.0f}'} %"
+    return f"{value:.3g}" + ("" if spread is None else f" ± {spread:.2g}")
 
 
 def draw_curves(path, finding, numbers):
@@ -621,49 +583,39 @@ def finding_grid(path, model, finding, baseline=None):
 
 
 def measure_table(args):
-    """Measure the rows of a table: OUT/findings.json with OUT/NAME.png, or OUT/experiments.json."""
-    figures, rows = args.command == "figures", COMMANDS[args.command][1]
-    key, file = ("sentence", "findings.json") if figures else ("answer", "experiments.json")
+    """Measure the rows of a table: a JSON file, and for the paper's findings figures, in OUT."""
     args.out.mkdir(parents=True, exist_ok=True)
-    file = unclip.writable(args.out / file)
-    found = read_found(file, key) if file.exists() else {}
+    file = unclip.writable(args.out / args.file)
+    found = read_found(file) if file.exists() else {}
     model = unclip.load(args.weights)
     baseline = unclip.load(args.baseline) if args.baseline else None
     if baseline is None:
         print('Without a --baseline "caption alone" is the same decoder with z_i = 0.')
 
-    for name in args.only or rows:
-        start, finding, picture = time.process_time(), rows[name], args.out / f"{name}.png"
+    for name in args.only:
+        start, finding, picture = time.process_time(), args.table[name], args.out / f"{name}.png"
         numbers = measure([model], finding, args.seeds, args.scenes, baseline)
         if finding.curves:
             draw_curves(picture, finding, numbers)
-        elif figures:
+        elif finding.title:
             finding_grid(picture, model, finding, baseline)
-        found[name] = {"paper": finding.paper, key: finding.sentence(numbers),
-                       "numbers": numbers, "date": time.strftime("%Y-%m-%d"),
-                       "seconds of one core": round(time.process_time() - start),
-                       "machine": f"{platform.machine()}, torch {torch.__version__}"}
-        print(f"{name}: {found[name][key]}", flush=True)
+        found[name] = {"paper": finding.paper, "answer": finding.answer(numbers),
+                       "numbers": numbers, **benchmark.about("cpu"),
+                       "seconds of one core": round(time.process_time() - start)}
+        print(f"{name}: {found[name]['answer']}", flush=True)
         unclip.write_json(file, found)
-    print_table({"name": None, "paper": "paper", "here": key}, found)
+    print(benchmark.markdown([{"": name.replace("_", " "), "paper": row["paper"],
+                               "here": row["answer"]} for name, row in found.items()]))
 
 
-def read_found(file, key):
-    """What was measured before: rows of a table, each with its source and its sentence."""
-    with clip.reading(file, "findings, {name: {paper, sentence or answer, ...}}"):
+def read_found(file):
+    """What was measured before: rows of a table, each with its source and its answer."""
+    with clip.reading(file, "findings, {name: {paper, answer, ...}}"):
         found = json.loads(file.read_bytes())
         for name, row in found.items():
-            if not isinstance(row, dict) or not isinstance(row["paper"] + row[key], str):
+            if not isinstance(row, dict) or not isinstance(row["paper"] + row["answer"], str):
                 raise ValueError(f"{name} is no such entry")
         return found
-
-
-def print_table(columns, found):
-    """{heading: key of found's rows; None: their name}, in Markdown."""
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for name, row in found.items():
-        cells = [name.replace("_", " ") if k is None else str(row[k]) for k in columns.values()]
-        print("| " + " | ".join(cells) + " |")
 
 
 def gallery(args):
@@ -811,7 +763,7 @@ def ablate(args):
     args.out.mkdir(parents=True, exist_ok=True)
     file = unclip.writable(args.out / "ablation.json")
     found, sets = {}, {"two objects": {"two": True}, "held out": {"split_of": "held-out"}}
-    for name in ["nothing", *(args.only or TRICKS)]:
+    for name in ["nothing", *args.only]:
         models = [train_without(name, seed, args) for seed in range(args.seeds)]
         trick = TRICKS.get(name, Trick())
         setting = Setting(trick.condition, upsample="network", measures=("accuracy", "IoU"))
@@ -820,33 +772,35 @@ def ablate(args):
         for row, scenes in sets.items():
             finding = Finding("", "", {"": {row: setting}}, scenes=scenes, n=100)
             numbers = measure(models, finding, args.seeds, args.scenes)
-            found[name] |= {f"{row}: {key}": in_words(numbers, row, f"[{key}]")
+            found[name] |= {f"{row}: {key}": in_words(numbers, row, key)
                             for key in setting.measures}
         unclip.write_json(file, found)
-    print_table({"without": None, **{key: key for key in found["nothing"]}}, found)
+    print(benchmark.markdown([{"without": name.replace("_", " ")} | found[name] for name in found]))
 
 
 # ---------------------------------------------------------------- command line
+
 
 def path(name):
     return Path(unclip.named(name))
 
 
-OPTIONS = {                                       # type, default, help
-    "--scenes": (unclip.number(2, 10 ** 6), None, "of each seed; few make it quick"),
-    "--out": (path, unclip.HERE / "pictures", "the folder to write into"),
-    "--seeds": (unclip.positive, 1, "runs of each setting"),
-    "--weights": (path, unclip.HERE / "weights/toy.pt", "a checkpoint"),
-    "--baseline": (path, None, "a checkpoint trained on captions alone"),
-    "--device": (str, "cpu", "cpu, cuda, mps"),
-    "--seed": (unclip.seed, 0, "of all randomness"),
-    "--groups": (unclip.positive, 6000, "groups of scenes to train on"),
-    "--steps-scale": (unclip.number(1e-12, 1e6), 1.0, "all training steps times this")}
-COMMANDS = {                                      # function, table, options, their defaults
+OPTIONS = {
+    "--scenes": {"type": unclip.number(2, 10 ** 6), "help": "of each seed; few make it quick"},
+    "--out": {"type": path, "default": unclip.HERE / "pictures", "help": "where to write"},
+    "--seeds": {"type": unclip.positive, "default": 1, "help": "runs of each setting"},
+    "--weights": {"type": path, "default": unclip.HERE / "weights/toy.pt", "help": "a checkpoint"},
+    "--baseline": {"type": path, "help": "a checkpoint trained on captions alone"},
+    "--device": {"default": "cpu", "help": "cpu, cuda, mps"},
+    "--seed": {"type": unclip.seed, "default": 0, "help": "of all randomness"},
+    "--groups": {"type": unclip.positive, "default": 6000, "help": "groups of scenes to train on"},
+    "--steps-scale": {"type": unclip.number(1e-12, 1e6), "default": 1.0,
+                      "help": "all training steps times this"}}
+COMMANDS = {                                      # function, choices of --only, options, defaults
     "figures": (measure_table, FINDINGS, "--scenes --seeds --out --weights --baseline",
-                {"seeds": 3}),
+                {"seeds": 3, "table": FINDINGS, "file": "findings.json"}),
     "experiments": (measure_table, EXPERIMENTS, "--scenes --out --weights --baseline",
-                    {"seeds": 1}),
+                    {"seeds": 1, "table": EXPERIMENTS, "file": "experiments.json"}),
     "gallery": (gallery, (), "--seed --out --weights --device", {}),
     "bounds": (bounds, (), "--scenes --weights", {}),
     "ablate": (ablate, TRICKS, "--scenes --seeds --out --groups --steps-scale",
@@ -854,20 +808,7 @@ COMMANDS = {                                      # function, table, options, th
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("findings.py", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command, (work, names, options, defaults) in COMMANDS.items():
-        sub = commands.add_parser(command, help=work.__doc__.split("\n")[0], allow_abbrev=False,
-                                  formatter_class=unclip.HelpFormatter)
-        for option in options.split():
-            kind, default, words = OPTIONS[option]
-            sub.add_argument(option, type=kind, default=default, help=words)
-        if names:
-            sub.add_argument("--only", nargs="+", choices=names, metavar="NAME",
-                             help=", ".join(names))
-        sub.set_defaults(work=work, **defaults)
-    args = parser.parse_args(argv)
-    unclip.stop_on_error(args.work, args)
+    return benchmark.command_line(__doc__, OPTIONS, COMMANDS, argv)
 
 
 if __name__ == "__main__":
