@@ -123,21 +123,21 @@ def test_the_device_draws_the_cpus_images(rows, monkeypatch):
     assert found["matrix product, fp32"]["TFLOP/s"] == 0.1
     for prior in ("diffusion", "ar"):
         assert found[f"toy, {prior} prior, fp32"]["largest difference"] == 0
-        assert 0 < found[f"toy, {prior} prior, bf16"]["mean difference"] < 0.2
+        assert 0 < found[f"toy, {prior} prior, bf16"]["mean difference"] < 0.5
 
 
 @pytest.mark.slow
 def test_the_acceptance_goes_on_behind_what_fails(tmp_path, monkeypatch):
     """On the CPU: a row out of memory, a stage that crashes, that hangs, or has no time left."""
-    run, _, _ = benchmark.STAGES["sampling"]
-    monkeypatch.setattr(benchmark, "STAGES", {
-        "sampling": (run.replace("--whole", "--only decoder"), 0, 60),
-        "crashes": ("-c __import__('os').abort()", 0, 60), "hangs": ("-c while(True):pass", 0, 1),
-        "late": ("-V", 999, 999), "last": ("-V", 0, 60)})
-    out = tmp_path / "gpu"
+    run, out = benchmark.STAGES["sampling"][0], tmp_path / "gpu"
+    stages = {"sampling": (run.replace("--whole", "--only decoder"), 0, 200),
+              "crashes": ("-c __import__('os').abort()", 0, 60),
+              "hangs": ("-c while(True):pass", 0, 1), "late": ("-V", 999, 999),
+              "last": ("-V", 0, 60)}
+    for name, row in stages.items():
+        monkeypatch.setitem(benchmark.STAGES, name, row)
     assert not benchmark.main(["acceptance", "--device", "cpu", "--preset", "toy", "--batch",
-                               "10000000", "--out", str(out), "--seconds", "90", "--only",
-                               *benchmark.STAGES])
+                               "10000000", "--out", str(out), "--only", *stages])
     found = json.loads((out / "acceptance.json").read_text())
     assert {name: re.split("[,:]", stage["status"])[0] for name, stage in found.items()} == {
         "sampling": "done", "crashes": "exit status -6", "hangs": "time limit", "late": "skipped",
