@@ -4,12 +4,14 @@ Their weights and noise are functions of names; each file says in `about` and `s
 The layouts here are the original projects' own; extras/karlo.py reads those of Hugging Face's.
 """
 import math
-import re
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+
+from extras import karlo
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -33,11 +35,15 @@ def data(name, *shape):
 
 
 def read(name):
-    """One golden file, with tensors in place of the weights' shapes."""
+    """One golden file: config, weights (tensors in place of their shapes), inputs, outputs, noise.
+
+    Inputs and outputs are attributes; Karlo's weights lose their prefix.
+    """
     golden = torch.load(GOLDEN / name, weights_only=True)
-    golden["weights"] = {key: fill(key, shape, **golden["fill"])
-                         for key, shape in golden["weights"].items()}
-    return golden
+    weights = {key.removeprefix("model."): fill(key, shape, **golden["fill"])
+               for key, shape in golden["weights"].items()}
+    return (golden["config"], weights, SimpleNamespace(**golden["inputs"]),
+            SimpleNamespace(**golden["outputs"]), golden.get("noise"))
 
 
 def play(monkeypatch, noise, rows):
@@ -65,56 +71,58 @@ def refill(module):
     return module.eval()
 
 
-# ---------------------------------------------------------------- layouts
+# ---------------------------------------------------------------- layouts, as tables of karlo.py
+def rows(parts):
+    """Rows that stand [head][q|k|v][c], as [q|k|v][head][c]. Heads are 16 wide in all files."""
+    return lambda w: w.squeeze(-1).unflatten(0, (-1, parts, 16)).transpose(0, 1).flatten(0, 2)
 
 
-def plain_rows(w, heads, parts):
-    """Rows that stand [head][q|k|v][c], as [q|k|v][head][c]; parts is 3, or 2 for [k|v]."""
-    return w.unflatten(0, (heads, parts, -1)).transpose(0, 1).flatten(0, 2)
+GLIDE = [                                                            # its Transformer, Karlo's too
+    ("ln_out", "final_ln"), (r"\btok\b", "token_embedding"), ("^pos", "positional_embedding"),
+    ("^pad", "padding_embedding"), ("^blocks", "transformer.resblocks"), (r"\bln(\d)", r"ln_\1"),
+    ("qkv", "attn.c_qkv", rows(3)), (r"(\d)\.proj", r"\1.attn.c_proj"), ("fc1", "mlp.c_fc"),
+    ("fc2", "mlp.c_proj")]
+PRIOR = GLIDE + [
+    ("^(cov|empty_|mean|std).*", ""), ("^time", "time_embed"), ("hidden_in", "text_enc_proj"),
+    ("text_in", "text_emb_proj"), ("image_in", "clip_img_proj"), (r"^out\b", "out_proj"),
+    ("query", "prd_emb", torch.squeeze), ("^(pos.*)", r"\1", torch.squeeze)]
+DECODER = [
+    ("^(unet|empty_).*", ""), ("null_image", "cf_param"), ("image_emb", "clip_emb"),
+    ("text_emb", "text_feat_proj"), ("hidden_in", "text_seq_proj.0"),
+    ("hidden_ln", "text_seq_proj.1"),
+    ("image_tokens", "clip_tok_proj", lambda w: torch.cat([w[token::4] for token in range(4)]))]
 
 
-def glide_transformer(weights, heads):
-    """The Transformer of GLIDE and Karlo under our names; other keys are left out."""
-    names = {"ln_1": "ln1", "attn.c_qkv": "qkv", "attn.c_proj": "proj", "ln_2": "ln2",
-             "mlp.c_fc": "fc1", "mlp.c_proj": "fc2"}
-    ours = {}
-    for key, w in weights.items():
-        if match := re.fullmatch(r"(?:.*\.)?resblocks\.(\d+)\.(.*)\.(weight|bias)", key):
-            n, layer, kind = match.groups()
-            w = plain_rows(w, heads, 3) if layer == "attn.c_qkv" else w
-            ours[f"blocks.{n}.{names[layer]}.{kind}"] = w
-    return ours
+def adm(c, prefix=""):
+    """The U-Net of guided-diffusion, GLIDE and Karlo. c: our configuration of it."""
+    last = 2 if c.attention else 1                                   # res block, attention, last
+
+    def place(match):
+        """Blocks are numbered through all levels; resampling is a block only on the way down."""
+        way, level, kind, number = match.groups()
+        n = int(level) * (c.depth + 1) + int(number or c.depth)
+        k = {"res": 0, "attn": 1, "resample": 0 if way == "down" else last}[kind]
+        return f"input_blocks.{n + 1}.{k}" if way == "down" else f"output_blocks.{n}.{k}"
+
+    return [
+        (r"^(down|up)\.(\d+)\.(res|attn|resample)\b(?:\.(\d+))?", place), ("^time", "time_embed"),
+        ("conv_in", "input_blocks.0.0"), ("norm_out", "out.0"), ("conv_out", "out.2"),
+        ("mid_res1", "middle_block.0"), ("mid_attn", "middle_block.1"),
+        ("mid_res2", f"middle_block.{last}"), ("norm1", "in_layers.0"), ("conv1", "in_layers.2"),
+        (r"\bemb\b", "emb_layers.1"), ("norm2", "out_layers.0"), ("conv2", "out_layers.3"),
+        ("skip", "skip_connection"), ("(qkv)", r"\1", rows(3)), ("context", "encoder_kv", rows(2)),
+        (r"\bproj\b", "proj_out", lambda w: w.squeeze(-1)), ("^", prefix)]
 
 
-RES = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "emb",
-       "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "skip"}
-ATTENTION = {"norm": "norm", "qkv": "qkv", "encoder_kv": "context", "proj_out": "proj"}
-
-
-def adm_unet(weights, depth, head_channels):
-    """The U-Net of guided-diffusion, GLIDE and Karlo under our names; other keys are left out."""
-    ours, flat = {}, {"time_embed.0": "time.0", "time_embed.2": "time.2", "out.0": "norm_out",
-                      "input_blocks.0.0": "conv_in", "out.2": "conv_out"}
-    for key, w in ((key, w) for key, w in weights.items() if "." in key):
-        layer, kind = key.rsplit(".", 1)
-        if layer in flat:
-            ours[f"{flat[layer]}.{kind}"] = w
-        elif match := re.fullmatch(r"(input|middle|output)_blocks?\.(\d+)\.(.*)", layer):
-            side, n, rest = match[1], int(match[2]), match[3]
-            place = ["mid_res1", "mid_attn", "mid_res2"][n] if side == "middle" else ""
-            if side != "middle":
-                k, rest = rest.split(".", 1)
-                i, j = divmod(n - (side == "input"), depth + 1)
-                name = "attn" if rest in ATTENTION else "res"
-                resampling = name == "res" and (k != "0" or side == "input" and j == depth)
-                way = "down" if side == "input" else "up"
-                place = f"{way}.{i}.resample" if resampling else f"{way}.{i}.{name}.{j}"
-            elif rest in RES and place == "mid_attn":                # no attention in this network
-                place = "mid_res2"
-            if rest in ("qkv", "encoder_kv"):
-                parts = 3 if rest == "qkv" else 2
-                w = plain_rows(w, w.shape[0] // parts // head_channels, parts)
-            if rest in ATTENTION and rest != "norm" and kind == "weight":
-                w = w.squeeze(2)                                     # a 1-D convolution
-            ours[f"{place}.{(RES | ATTENTION)[rest]}.{kind}"] = w
-    return ours
+def load(weights, *pairs):
+    """Fill each (module, table) with others' weights, none of which may be left over."""
+    weights = karlo.Content(weights, "the golden file")
+    for module, table in pairs:
+        ours = module.eval().state_dict()
+        for name in ours:
+            w, names = karlo.take(weights, table, name)
+            if names:
+                ours[name] = w
+                del weights[names[0]]
+        module.load_state_dict(ours)
+    assert not weights, f"nothing takes {[*weights]}"

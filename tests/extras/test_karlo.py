@@ -3,6 +3,7 @@
 tests/golden/karlo_diffusers_tiny is a complete Karlo folder in small, saved by diffusers, with what
 the pipeline made of it. The true weights are not here; their names and shapes are.
 """
+import io
 import json
 import os
 import pickle
@@ -47,16 +48,6 @@ def expected():
     return torch.load(FOLDER / "expected.pt", weights_only=True)
 
 
-@pytest.fixture(scope="module")
-def openai():
-    return golden_weights.read("clip_openai.pt")
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    return golden_weights.read("clip_transformers.pt")
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A copy of the Karlo folder, to be damaged."""
@@ -83,82 +74,60 @@ def halves(model, text):
 
 
 def test_the_prior_gives_karlos_numbers(monkeypatch):
-    golden = golden_weights.read("karlo_prior.pt")
-    c, inputs, want = golden["config"], golden["inputs"], golden["outputs"]
+    c, w, given, want, noise = golden_weights.read("karlo_prior.pt")
     model = karlo.KarloPrior(karlo.KarloPriorConfig(
         embed_dim=c["clip_dim"], context=c["text_ctx"], text_width=c["clip_dim"],
-        width=c["xf_width"], layers=c["xf_layers"], heads=c["xf_heads"], clamp=c["clip_x0"])).eval()
-    names = {"time_embed": "time", "text_enc_proj": "hidden_in", "text_emb_proj": "text_in",
-             "clip_img_proj": "image_in", "out_proj": "out", "final_ln": "ln_out"}
-    w = {re.sub(r"^\w+", lambda m: names.get(m[0], m[0]), key.removeprefix("model.")): x
-         for key, x in golden["weights"].items()}
-    ours = model.state_dict() | golden_weights.glide_transformer(w, c["xf_heads"])
-    ours |= {key: x for key, x in w.items() if key.split(".")[0] in names.values()}
-    model.load_state_dict(ours | {"query": w["prd_emb"][0, 0], "pos": w["positional_embedding"][0],
-                                  "mean": inputs["clip_mean"], "std": inputs["clip_std"]})
+        width=c["xf_width"], layers=c["xf_layers"], heads=c["xf_heads"], clamp=c["clip_x0"]))
+    golden_weights.load(w, (model, golden_weights.PRIOR))
+    model.mean[:], model.std[:] = given.clip_mean, given.clip_std
 
-    text = text_of(inputs["mask"], inputs["text_emb"], inputs["text_enc"])
-    out = model(inputs["x"], inputs["timesteps"] + 1, text)
-    assert error(out, want["model"]) < 2e-5, "erf GELU, masks, positions, order?"
-    golden_weights.play(monkeypatch, golden["noise"], rows=2)
+    text = text_of(given.mask, given.text_emb, given.text_enc)
+    assert error(model(given.x, given.timesteps + 1, text), want.model) < 2e-5, \
+        "erf GELU, masks, positions, order?"
+    golden_weights.play(monkeypatch, noise, rows=2)
     z = model.sample(halves(model, text), steps=25, guidance=c["guidance"], candidates=1)
-    assert error(z, want["sample"]) < 5e-5, "25 evenly spaced timesteps, clamp, mean?"
+    assert error(z, want.sample) < 5e-5, "25 evenly spaced timesteps, clamp, mean?"
     assert torch.allclose(model.scale(model.unscale(z)), z, atol=1e-5)
 
 
 def test_the_decoder_gives_karlos_numbers(monkeypatch):
     """To 1e-4, but for a few pixels: at t = T the original's own rounding (x0 = (x - eps) / 5e-5)
     is worth that much; the same run in float64 shows it."""
-    golden = golden_weights.read("karlo_decoder.pt")
-    c, inputs, side = golden["config"], golden["inputs"], golden["config"]["image_size"]
+    c, w, given, want, noise = golden_weights.read("karlo_decoder.pt")
     unet = decoder.UNetConfig(
-        size=side, channels=c["num_channels"], mults=tuple(c["mults"]), depth=c["num_res_blocks"],
+        size=64, channels=c["num_channels"], mults=tuple(c["mults"]), depth=c["num_res_blocks"],
         head_channels=c["num_head_channels"], context_width=c["xf_width"],
-        attention=tuple(side // k for k in c["attention_ds"]))
+        attention=tuple(64 // k for k in c["attention_ds"]))
     model = karlo.KarloDecoder(karlo.KarloDecoderConfig(
-        unet, embed_dim=c["clip_dim"], context=c["text_ctx"], text_width=c["clip_dim"])).eval()
-    names = {"clip_emb": "image_emb", "text_feat_proj": "text_emb", "text_seq_proj.0": "hidden_in",
-             "text_seq_proj.1": "hidden_ln", "clip_tok_proj": "image_tokens"}
-    w = {key.removeprefix("model."): x for key, x in golden["weights"].items()}
-    ours = model.state_dict() | {"null_image": w["cf_param"]}
-    for theirs, name in names.items():
-        for kind in ("weight", "bias"):
-            ours[f"{name}.{kind}"] = rows = w[f"{theirs}.{kind}"]
-            if name == "image_tokens":                               # rows are channel * 4 + token
-                ours[f"{name}.{kind}"] = torch.cat([rows[token::4] for token in range(4)])
-    weights = golden_weights.adm_unet(w, c["num_res_blocks"], c["num_head_channels"])
-    model.load_state_dict(ours | {f"unet.{key}": x for key, x in weights.items()})
-    model.config.unet.size = c["pixels"]                             # a U-Net does not mind
+        unet, embed_dim=c["clip_dim"], context=c["text_ctx"], text_width=c["clip_dim"]))
+    golden_weights.load(w, (model.unet, golden_weights.adm(unet)), (model, golden_weights.DECODER))
+    unet.size = c["pixels"]                                          # a U-Net does not mind
 
-    text = text_of(inputs["mask"], inputs["txt_feat"], inputs["txt_feat_seq"])
-    out = model(inputs["x"], inputs["timesteps"] + 1, inputs["y"], text)
-    assert error(out, golden["outputs"]["model"]) < 2e-5, \
+    text = text_of(given.mask, given.txt_feat, given.txt_feat_seq)
+    assert error(model(given.x, given.timesteps + 1, given.y, text), want.model) < 2e-5, \
         "image tokens first, context keys first, padding hidden, text in the time embedding?"
-    golden_weights.play(monkeypatch, golden["noise"], rows=2)
-    x = model.sample(inputs["img_feat"], halves(model, text), steps=5, guidance=c["guidance"])
-    off = (x - golden["outputs"]["sample"]).abs()
+    golden_weights.play(monkeypatch, noise, rows=2)
+    x = model.sample(given.img_feat, halves(model, text), steps=5, guidance=c["guidance"])
+    off = (x - want.sample).abs()
     assert (off > 1e-4).float().mean() < 0.02 and off.max() < 2e-3, \
         "eps guided and not v, the learned null embedding, learned range, clamp?"
 
 
 def test_the_upsampler_gives_karlos_numbers(monkeypatch):
-    golden = golden_weights.read("karlo_sr.pt")
-    c, inputs, want = golden["config"], golden["inputs"], golden["outputs"]
-    model = karlo.KarloUpsampler(decoder.UpsamplerConfig(decoder.UNetConfig(
+    c, w, given, want, noise = golden_weights.read("karlo_sr.pt")
+    unet = decoder.UNetConfig(
         size=24, in_channels=6, out_channels=3, channels=c["channels"], depth=c["depth"],
-        mults=tuple(c["channels_multiple"]), scale_shift=False))).eval()
-    for unet, prefix in [(model.unet, "model_first_steps."), (model.last, "model_last_step.")]:
-        w = {key.removeprefix(prefix): x for key, x in golden["weights"].items()
-             if key.startswith(prefix)}
-        unet.load_state_dict(golden_weights.adm_unet(w, c["depth"], 64))
+        mults=tuple(c["channels_multiple"]), scale_shift=False)
+    model = karlo.KarloUpsampler(decoder.UpsamplerConfig(unet))
+    golden_weights.load(w, (model.unet, golden_weights.adm(unet, "model_first_steps.")),
+                        (model.last, golden_weights.adm(unet, "model_last_step.")))
 
-    t, large = inputs["timesteps"] + 1, decoder.enlarge(inputs["low"], 24)
-    assert error(large, inputs["low_up"]) < 2e-5, "bicubic with antialias=True, after the clamp?"
-    assert error(model(inputs["x"], t, large), want["first"]) < 2e-5, "noisy image first?"
-    x = torch.cat([inputs["x"], inputs["low_up"]], dim=1)
-    assert error(model.last(x, t), want["last"]) < 2e-5
-    golden_weights.play(monkeypatch, golden["noise"], rows=2)
-    assert error(model.sample(inputs["low"], steps=7), want["sample"]) < 1e-4, \
+    t, large = given.timesteps + 1, decoder.enlarge(given.low, 24)
+    assert error(large, given.low_up) < 2e-5, "bicubic with antialias=True, after the clamp?"
+    assert error(model(given.x, t, large), want.first) < 2e-5, "noisy image first?"
+    assert error(model.last(torch.cat([given.x, given.low_up], dim=1), t), want.last) < 2e-5
+    golden_weights.play(monkeypatch, noise, rows=2)
+    assert error(model.sample(given.low, steps=7), want.sample) < 1e-4, \
         "small variance, clamp, the second network at the last step only?"
 
 
@@ -213,33 +182,26 @@ def test_a_saved_karlo_comes_back_with_its_classes_and_its_null_condition(model,
 
 
 # ---------------------------------------------------------------- full size
-@pytest.fixture(scope="module")
-def full_size():
-    """The network for each list of published names, as the preset has it, without memory."""
-    parts = karlo.build("meta").parts
-    whole, sr = parts["clip"], parts["upsampler1"]
-    return {"prior": (parts["diffusion_prior"], karlo.PRIOR),
-            "decoder": (parts["decoder"].unet, karlo.UNET),
-            "text_proj": (parts["decoder"], karlo.TEXT_PROJ),
-            "super_res_first": (sr.unet, karlo.UNET), "super_res_last": (sr.last, karlo.UNET),
-            "text_encoder": (whole, [("^(image|logit).*", ""), *karlo.HUGGING_FACE]),
-            "image_encoder": (whole, [("^(text|logit).*", ""), *karlo.HUGGING_FACE]),
-            "ViT-L-14.pt": (whole, karlo.OPENAI)}
-
-
-@pytest.mark.parametrize("part, keys, parameters, others", [
-    ("prior", 338, 1_022_030_080, {"cov", "empty"}), ("decoder", 716, 885_439_686, set()),
-    ("text_proj", 11, 7_878_400, {"unet", "empty"}), ("super_res_first", 408, 691_579_523, set()),
-    ("super_res_last", 408, 691_579_523, set()),
-    ("text_encoder", 197, 123_650_304, {"image", "logit"}),
-    ("image_encoder", 392, 303_966_208, {"text", "logit"}),
-    ("ViT-L-14.pt", 446, 427_616_513, set())])
+@pytest.mark.parametrize("part, where, table, keys, parameters, others", [
+    ("prior", "diffusion_prior", karlo.PRIOR, 338, 1_022_030_080, {"cov", "empty"}),
+    ("decoder", "decoder.unet", karlo.UNET, 716, 885_439_686, set()),
+    ("text_proj", "decoder", karlo.TEXT_PROJ, 11, 7_878_400, {"unet", "empty"}),
+    ("super_res_first", "upsampler1.unet", karlo.UNET, 408, 691_579_523, set()),
+    ("super_res_last", "upsampler1.last", karlo.UNET, 408, 691_579_523, set()),
+    ("text_encoder", "clip", [("^(image|logit).*", ""), *karlo.HUGGING_FACE], 197, 123_650_304,
+     {"image", "logit"}),
+    ("image_encoder", "clip", [("^(text|logit).*", ""), *karlo.HUGGING_FACE], 392, 303_966_208,
+     {"text", "logit"}),
+    ("ViT-L-14.pt", "clip", karlo.OPENAI, 446, 427_616_513, set())])
 def test_at_full_size_every_published_key_is_used_once_and_every_weight_filled(
-        full_size, part, keys, parameters, others):
-    module, table = full_size[part]
+        part, where, table, keys, parameters, others):
+    name, *within = where.split(".")
+    module = unclip.build_part(karlo.CLASSES[name], getattr(karlo.PRESET, name), "meta")
+    module = module.get_submodule(".".join(within))
     names = json.loads((GOLDEN / "full_size_keys.json").read_text())
     shapes, = (shapes for key, shapes in names.items() if key.rsplit("/", 1)[1] == part)
     weights = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
     renamed = karlo.rename(module, table, karlo.Content(weights, part))
     used = [key for name in renamed for key in karlo.their_names(table, name)[0]]
     assert len(used) == len(set(used)) == len(weights) == keys
@@ -267,9 +229,9 @@ def test_openais_archives_are_told_from_open_clips_state_dicts_of_the_same_shape
     weights = openai_names(model)
     assert parameters in (None, sum(w.numel() for w in weights.values()))
     monkeypatch.setattr(karlo, "read_weights", lambda path: karlo.Content(weights, path))
+    monkeypatch.setattr(karlo, "fill", lambda kind, config, *_: config)
     refused("x.pt is not OpenAI's own.*gelu.*config.json", karlo.load_clip, "x.pt")
     weights |= dict.fromkeys(NUMBERS, torch.tensor(1))
-    monkeypatch.setattr(karlo, "fill", lambda kind, config, *_: config)
     if parameters:
         assert karlo.load_clip("x.pt") == model.config
     else:
@@ -277,13 +239,15 @@ def test_openais_archives_are_told_from_open_clips_state_dicts_of_the_same_shape
 
 
 # ---------------------------------------------------------------- files of weights
-def with_header(header, data, pad=0):
+def with_header(header, data=b"", pad=0):
+    """The bytes of a safetensors file, as its specification says."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
     header += b" " * (-len(header) % 8 + pad)
     return struct.pack("<Q", len(header)) + header + data
 
 
 def save(weights, path, pad=0):
-    """torch.save, or the bytes of a safetensors file as its specification says."""
+    """torch.save, or a safetensors file."""
     if path.suffix != ".safetensors":
         torch.save(weights, path)
         return path
@@ -294,7 +258,7 @@ def save(weights, path, pad=0):
         header[key] = {"dtype": names[x.dtype], "shape": [*x.shape],
                        "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
-    path.write_bytes(with_header(json.dumps(header).encode(), data, pad))
+    path.write_bytes(with_header(header, data, pad))
     return path
 
 
@@ -319,7 +283,6 @@ def test_safetensors_of_every_kind_come_back_mapped_and_the_file_does_not_change
     refused("big is not finite", karlo.read_weights, save({"big": big}, path, pad))
 
 
-linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux's /proc")
 LOADING = """
 import dataclasses, sys, torch
 from extras import karlo
@@ -338,14 +301,14 @@ print(memory("RssAnon") - own, highest)
 """
 
 
-@linux
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux's /proc")
 @pytest.mark.parametrize("dtype, own, most", [("bfloat16", 40, 80 + 40 + 16), ("float32", 0, 16)])
 def test_loading_takes_the_memory_of_what_is_converted_and_no_more(tmp_path, dtype, own, most):
     """Ten weights of 8 MB, mapped, become bf16 one by one; what stays float32 is not even there."""
     path = tmp_path / "x.safetensors"
     entries = {f"w{n}": dict(dtype="F32", shape=[2 ** 21], data_offsets=[n << 23, n + 1 << 23])
                for n in range(10)}
-    path.write_bytes(with_header(json.dumps(entries).encode(), bytes(10 << 23)))
+    path.write_bytes(with_header(entries, bytes(10 << 23)))
     out = subprocess.run([sys.executable, "-c", LOADING, path, dtype], capture_output=True,
                          text=True, check=True, cwd=unclip.HERE,     # freed memory is given back
                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}).stdout
@@ -354,73 +317,66 @@ def test_loading_takes_the_memory_of_what_is_converted_and_no_more(tmp_path, dty
     assert highest < most, "the pages of what is converted, bf16, and a weight or two"
 
 
-@linux
-def test_a_karlo_folders_weights_stay_in_the_file_unless_they_are_joined(model):
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    places = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines
-              if line.endswith("prior/diffusion_pytorch_model.safetensors")]
-    copied = {name for name, w in model.parts["diffusion_prior"].named_parameters()
-              if not any(a <= w.data_ptr() < b for a, b in places)}
-    assert copied == {f"blocks.{n}.qkv.{kind}" for n in (0, 1) for kind in ("weight", "bias")}
-
-
 class Trap:
     def __reduce__(self):
         return eval, ("open('trapped', 'w').close()",)
 
 
-def header(**changes):
-    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
-    return with_header(json.dumps({"a": entry}).encode(), bytes(8))
+def saved(content, **options):
+    """The bytes of torch.save."""
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
 
 
-GOOD = header()
+def entry(**changes):
+    """A safetensors file of two numbers, or what changes make of it."""
+    return with_header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes},
+                       bytes(8))
 
 
-@pytest.mark.parametrize("data, says", [
+GOOD, TRAP = entry(), {"w": torch.ones(2), "x": Trap()}
+SAFETENSORS = [
     *((data, "") for data in (
         b"", GOOD[:5], GOOD[:30], b"\xff" * 8 + GOOD[8:], struct.pack("<Q", 10 ** 8) + GOOD[8:],
-        header(shape="2"), header(shape=None), header(data_offsets=[0]),
-        header(data_offsets=[0, 8.0]), with_header(b"[]", b""), with_header(b"{{{{", b""),
-        with_header(b'{"a": 1}', b""), with_header(b'"\xff"', b""))),
+        entry(shape="2"), entry(shape=None), entry(data_offsets=[0]), entry(data_offsets=[0, 8.0]),
+        with_header(b"[]"), with_header(b"{{{{"), with_header({"a": 1}), with_header(b'"\xff"'))),
     (GOOD[:-1], "a is said to be .*0..8.* end at 7; is it cut short"),
     (GOOD + b"x", "it goes on for 1 bytes after its last tensor"),
     (GOOD[:-4] + struct.pack("<f", float("nan")), "a is not finite"),
-    (header(dtype="F99"), ".*F99"), (header(dtype="F64"), r"a is .*float64 \[2\] at 0..8"),
-    (header(shape=[3]), r"a is .* \[3\]"), (header(shape=[-2]), r"a is .* \[-2\]"),
-    (header(data_offsets=[8, 16]) + bytes(8), "a is .*at 8..16, but the data go on at 0"),
-    (header(data_offsets=[-8, 0]), "a is .*at -8..0"), (header(data_offsets=[0, 80]), "a is .*80"),
-    (header(data_offsets=[0, 80], shape=[20]), "a is .*at 0..80.* end at 8")])
-def test_a_damaged_safetensors_file_is_refused(tmp_path, data, says):
-    (tmp_path / "bad.safetensors").write_bytes(data)
-    refused("bad.safetensors cannot be read as a safetensors file of weights.*: " + says,
-            karlo.read_weights, tmp_path / "bad.safetensors")
+    (entry(dtype="F99"), ".*F99"), (entry(dtype="F64"), r"a is .*float64 \[2\] at 0..8"),
+    (entry(shape=[3]), r"a is .* \[3\]"), (entry(shape=[-2]), r"a is .* \[-2\]"),
+    (entry(data_offsets=[8, 16]) + bytes(8), "a is .*at 8..16, but the data go on at 0"),
+    (entry(data_offsets=[-8, 0]), "a is .*at -8..0"), (entry(data_offsets=[0, 80]), "a is .*80"),
+    (entry(data_offsets=[0, 80], shape=[20]), "a is .*at 0..80.* end at 8")]
 
 
-def test_a_pickle_that_holds_no_weights_or_more_than_weights_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, data, says", [
+    *(("bad.safetensors", data, "cannot be read as a safetensors file of weights.*: " + says)
+      for data, says in SAFETENSORS),
+    *(("bad.bin", data, "cannot be read as .*: it holds more than tensors") for data in (
+        saved(TRAP), saved(TRAP, _use_new_zipfile_serialization=False))),
+    *(("bad.bin", data, "cannot be read as a file of weights") for data in (
+        saved(torch.ones(2)), saved({"state_dict": {"w": 1}}), saved({"w": 1}),
+        saved({"w": torch.ones(1000)})[:2000], b"PK\x03\x04junk", b"",
+        pickle.dumps([1, 2], protocol=2))),
+    ("bad.bin", b"not a checkpoint", "cannot be read as")])
+def test_a_damaged_file_and_one_that_holds_more_than_weights_are_refused(
+        tmp_path, monkeypatch, name, data, says):
     monkeypatch.chdir(tmp_path)
-    refused("bad.bin cannot be read: No such file.*expected", karlo.read_weights, "bad.bin",
-            kind=FileNotFoundError)
-    for zipped in (True, False):
-        torch.save({"w": torch.ones(2), "x": Trap()}, "bad.bin",
-                   _use_new_zipfile_serialization=zipped)
-        refused("bad.bin cannot be read as .*: it holds more than", karlo.read_weights, "bad.bin")
+    Path(name).write_bytes(data)
+    refused(f"^{name} {says}", karlo.read_weights, name)
     assert not Path("trapped").exists(), "the file's code was run"
 
-    for content in (torch.ones(2), {"state_dict": {"w": 1}}, {"w": 1}):
-        torch.save(content, "bad.bin")
-        refused("bad.bin cannot be read as a file of weights", karlo.read_weights, "bad.bin")
-    torch.save({"w": torch.ones(1000)}, "bad.bin")
-    for data in (Path("bad.bin").read_bytes()[:2000], b"", b"not a checkpoint", b"PK\x03\x04junk",
-                 pickle.dumps([1, 2], protocol=2)):
-        Path("bad.bin").write_bytes(data)
-        refused("bad.bin cannot be read as", karlo.read_weights, "bad.bin")
 
-    def locked(*_):
-        raise PermissionError(13, "Permission denied")               # root may read everything
-    monkeypatch.setattr(karlo, "read_pickle", locked)
-    refused("bad.bin cannot be read: Permission", karlo.read_weights, "bad.bin",
-            kind=PermissionError)
+@pytest.mark.parametrize("cause", [PermissionError(13, "Permission denied"),
+                                   FileNotFoundError(2, "No such file")])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(cause, monkeypatch):
+    def fail(path):                                                  # root may read everything
+        raise cause
+    monkeypatch.setattr(karlo, "read_pickle", fail)
+    refused(f"bad.bin cannot be read: {cause.strerror}; expected", karlo.read_weights, "bad.bin",
+            kind=type(cause))
 
 
 class Node(torch.nn.Module):
@@ -429,31 +385,26 @@ class Node(torch.nn.Module):
     def __init__(self, weights={}):
         super().__init__()
         self.sizes, self.shares, self.flags = [1, 2], [0.5], [True]
-        inner = {}
         for key, w in weights.items():
-            name, dot, rest = key.partition(".")
-            if dot:
-                inner.setdefault(name, {})[rest] = w
-            else:
-                self.register_buffer(name, w)
-        for name, more in inner.items():
-            self.add_module(name, Node(more))
+            *path, name = key.split(".")
+            place = self
+            for part in path:
+                if not hasattr(place, part):
+                    place.add_module(part, Node())
+                place = getattr(place, part)
+            place.register_buffer(name, w)
 
 
 class Restless(torch.nn.Module):
     """A TorchScript module that runs something when it is loaded."""
 
-    def __init__(self):
-        super().__init__()
-        self.w = torch.nn.Parameter(torch.ones(2))
-
     @torch.jit.export
     def __getstate__(self):
-        return self.w, self.training
+        return self.training, 1
 
     @torch.jit.export
-    def __setstate__(self, state: tuple[torch.Tensor, bool]):
-        self.w, self.training = state[0], state[1]
+    def __setstate__(self, state: tuple[bool, int]):
+        self.training = state[0]
         print("I was run")
 
 
@@ -474,11 +425,9 @@ def openai_archive(weights, path):
     return archive(Node(halved | {key: torch.tensor(n) for key, n in NUMBERS.items()}), path)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_archives_code_is_not_run_and_its_lists_are_no_weights(tmp_path, capfd):
-    archive(Restless(), tmp_path / "bad.pt")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.load(str(tmp_path / "bad.pt"))
+    torch.jit.load(str(archive(Restless(), tmp_path / "bad.pt")))
     assert "I was run" in capfd.readouterr().out, "the trap should work at all"
     refused("bad.pt cannot be read as .*more than tensors", karlo.read_weights, tmp_path / "bad.pt")
     assert "I was run" not in capfd.readouterr().out
@@ -488,115 +437,103 @@ def test_an_archives_code_is_not_run_and_its_lists_are_no_weights(tmp_path, capf
 
 
 # ---------------------------------------------------------------- CLIP and its tokenizer
-def clip_folder(golden, path, keep="", name="model.safetensors", **config):
-    """A Hugging Face folder of the golden CLIP, or of the half whose names begin with `keep`."""
+def edit(path, **settings):
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def clip_folder(path, weights, settings, *names):
+    """A Hugging Face folder, its weights in one file, or in several with an index."""
     path.mkdir(parents=True, exist_ok=True)
-    save({k: w for k, w in golden["weights"].items() if k.startswith(keep or ("",))}, path / name)
-    settings = {k: golden["config"][k] | config for k in ("text_config", "vision_config")}
-    if keep:
-        settings = settings["text_config" if "text_model" in keep else "vision_config"]
     (path / "config.json").write_text(json.dumps(settings))
+    where = {key: names[i % len(names)] for i, key in enumerate(sorted(weights))}
+    for name in names:
+        save({key: w for key, w in weights.items() if where[key] == name}, path / name)
+    if len(names) > 1:
+        index = names[0].replace("-1", "") + ".index.json"
+        (path / index).write_text(json.dumps({"weight_map": where}))
     return path
 
 
-def shards(golden, path, name):
-    """Two files and an index that says which weight is where."""
-    clip_folder(golden, path, name=name).joinpath(name).unlink()
-    stem, end = name.split(".")
-    where = {key: f"{stem}-0000{1 + i % 2}-of-00002.{end}"
-             for i, key in enumerate(sorted(golden["weights"]))}
-    for file in set(where.values()):
-        save({k: w for k, w in golden["weights"].items() if where[k] == file}, path / file)
-    (path / f"{name}.index.json").write_text(json.dumps({"weight_map": where}))
-    return path
+def image_folder(path, columns=48, **settings):
+    """The image half of the golden CLIP alone, with embeddings of so many numbers."""
+    c, w, *_ = golden_weights.read("clip_transformers.pt")
+    w = {key: x for key, x in w.items() if key.startswith(("vision_model", "visual_"))}
+    w["visual_projection.weight"] = w["visual_projection.weight"][:columns].clone()
+    return clip_folder(path, w, c["vision_config"] | settings, "model.safetensors")
 
 
-def prefixed(golden, prefix):
-    return {prefix + key: w for key, w in golden["weights"].items()}
+def prefixed(weights, prefix):
+    return {prefix + key: w for key, w in weights.items()}
 
 
-def own_folder(golden, path):
-    """A state dict with OpenAI's names, and Hugging Face's config.json, which it takes."""
-    (path / "config.json").write_text(json.dumps({
-        "model_type": "clip", "text_config": {"num_attention_heads": 2},
-        "vision_config": {"num_attention_heads": 3}}))
-    save(golden["weights"], path / "pytorch_model.bin")
-    return path
+OWN = {"model_type": "clip", "text_config": {"num_attention_heads": 2},
+       "vision_config": {"num_attention_heads": 3}}
 
 
 @pytest.mark.parametrize("kind, write", [
-    ("openai", lambda g, p: openai_archive(g["weights"], p / "half.pt")),
-    ("openai", lambda g, p: save(g["weights"], p / "x.pt")),
-    ("openai", lambda g, p: save(g["weights"], p / "x.safetensors")),
-    ("openai", lambda g, p: save(prefixed(g, "module._orig_mod."), p / "x.pt")),
-    ("openai", lambda g, p: save({"epoch": 3, "state_dict": prefixed(g, "module.")}, p / "x.pt")),
-    ("openai", lambda g, p: own_folder(g, p)),
-    ("transformers", lambda g, p: clip_folder(g, p)),
-    ("transformers", lambda g, p: clip_folder(g, p, name="pytorch_model.bin")),
-    ("transformers", lambda g, p: clip_folder(g, p, name="model.fp16.safetensors")),
-    ("transformers", lambda g, p: shards(g, p, "model.safetensors")),
-    ("transformers", lambda g, p: shards(g, p, "pytorch_model.bin"))])
-def test_each_kind_of_clip_file_gives_the_numbers_of_the_original(kind, write, request, tmp_path):
-    golden = request.getfixturevalue(kind)
-    path = write(golden, tmp_path)
-    model = karlo.load_clip(path)
-    half = path.name == "half.pt"
+    ("openai", lambda w, c, p: openai_archive(w, p / "half.pt")),
+    ("openai", lambda w, c, p: save(w, p / "x.pt")),
+    ("openai", lambda w, c, p: save(w, p / "x.safetensors")),
+    ("openai", lambda w, c, p: save(prefixed(w, "module._orig_mod."), p / "x.pt")),
+    ("openai", lambda w, c, p: save({"epoch": 3, "state_dict": prefixed(w, "module.")}, p / "x")),
+    ("openai", lambda w, c, p: clip_folder(p, w, OWN, "pytorch_model.bin")),
+    *(("transformers", lambda w, c, p, names=names: clip_folder(p, w, c, *names.split()))
+      for names in ("model.safetensors", "pytorch_model.bin", "model.fp16.safetensors",
+                    "model-1.safetensors model-2.safetensors",
+                    "pytorch_model-1.bin pytorch_model-2.bin"))])
+def test_each_kind_of_clip_file_gives_the_numbers_of_the_original(kind, write, tmp_path):
+    c, w, given, want, _ = golden_weights.read(f"clip_{kind}.pt")
+    path = write(w, c, tmp_path)
+    model, half = karlo.load_clip(path), path.name == "half.pt"
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    z_i = model.image(golden["inputs"]["image"])                     # already standardised
-    z_t, states = model.encode_text(golden["inputs"]["tokens"])
+    z_i = model.image(given.image)                                   # already standardised
+    z_t, states = model.encode_text(given.tokens)
     logits = model.logit_scale.exp() * clip.unit(z_i) @ clip.unit(z_t).T
     for got, name in [(z_i, "image_features"), (z_t, "text_features"), (states, "text_hidden"),
                       (logits, "logits_per_image"), (logits.T, "logits_per_text")]:
         if not half or "features" in name:
-            assert error(got, golden["outputs"][name]) < (5e-3 if half else 2e-5), \
+            assert error(got, getattr(want, name)) < (5e-3 if half else 2e-5), \
                 f"{name}: quick GELU, LayerNorm eps 1e-5, causal?"
 
 
-def test_half_a_hugging_face_clip_is_read_alone_and_its_heads_are_config_jsons(transformers,
-                                                                               tmp_path):
-    pixels, want = transformers["inputs"]["image"], transformers["outputs"]["image_features"]
+def test_half_a_hugging_face_clip_is_read_alone_and_its_heads_are_config_jsons(tmp_path):
+    _, _, given, want, _ = golden_weights.read("clip_transformers.pt")
     for heads, fits in ((2, True), (4, False)):
-        image = karlo.load_clip(clip_folder(transformers, tmp_path / "i",
-                                            ("vision_model", "visual_"), num_attention_heads=heads))
+        image = karlo.load_clip(image_folder(tmp_path, num_attention_heads=heads))
         assert image.text is None and image.config.image_heads == heads
-        assert abs(image.scale() - 100) < 1e-3 and (error(image.image(pixels), want) < 2e-5) == fits
+        assert abs(image.scale() - 100) < 1e-3
+        assert (error(image.image(given.image), want.image_features) < 2e-5) == fits
 
 
 LN = "visual.ln_pre.weight"
 
 
 @pytest.mark.parametrize("key, how, says", [
-    (LN, "missing", f"lacks {LN}"), (LN, "extra", "holds visual.*extra"),
-    (LN, "shape", f"{LN} in .* does not fit.*384.*192"), (LN, "integers", "int64"),
-    (LN, "complex", "complex64"), (LN, "nan", "visual.ln_pre.weight is not finite"),
-    (LN, "infinite", "visual.ln_pre.weight is not finite"),
-    *((key, how, key) for how in ("missing", "flat") for key in (
+    (LN, None, f"lacks {LN}"), (LN, lambda w: torch.cat([w, w]), "does not fit.*384.*192"),
+    (LN, torch.Tensor.long, "int64"), (LN, lambda w: w.to(torch.complex64), "complex64"),
+    (LN, lambda w: w * torch.nan, f"{LN} is not finite"), (LN, lambda w: w / 0, "is not finite"),
+    ("visual.transformer.resblocks.0.extra", torch.ones_like, "holds visual.*extra"),
+    *((key, how, key) for how in (None, torch.sum) for key in (
         "visual.conv1.weight", "visual.proj", "text_projection", "visual.positional_embedding",
         "positional_embedding"))])
-def test_weights_that_do_not_fit_are_refused_by_name(openai, tmp_path, key, how, says):
-    weights = dict(openai["weights"])
-    w = weights.pop(key)
-    new = {"shape": torch.cat([w, w]), "flat": torch.tensor(1.0), "integers": w.long(),
-           "complex": w.to(torch.complex64), "nan": w * torch.nan, "infinite": w / 0, "extra": w}
-    if how == "extra":
-        weights["visual.transformer.resblocks.0.extra"] = w
-    if how != "missing":
-        weights[key] = new[how]
-    torch.save(weights, tmp_path / "bad.pt")
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, key, how, says):
+    weights = golden_weights.read("clip_openai.pt")[1]
+    w = weights.pop(key, weights[LN])
+    torch.save(weights | ({key: how(w)} if how else {}), tmp_path / "bad.pt")
     refused(f"(?=.*bad.pt).*{says}", karlo.load_clip, tmp_path / "bad.pt")
 
 
-def test_other_clips_and_folders_without_weights_are_refused(openai, tmp_path):
+def test_other_clips_and_folders_without_weights_are_refused(tmp_path):
     save({"visual.layer1.0.conv1.weight": torch.ones(1)}, tmp_path / "RN50.pt")
     refused("RN50.pt is a ResNet CLIP", karlo.load_clip, tmp_path / "RN50.pt")
-    path = save(openai["weights"], tmp_path / "x.pt")
+    weights = golden_weights.read("clip_openai.pt")[1]
+    path = save(weights, tmp_path / "x.pt")
     (tmp_path / "open_clip_config.json").write_text("{}")            # with other activations
     refused("x.pt is not OpenAI's own", karlo.load_clip, path)
-    refused("config.json", karlo.load_clip, tmp_path, kind=FileNotFoundError)
-    edit(own_folder(openai, tmp_path) / "config.json", model_type="another")
+    clip_folder(tmp_path, weights, OWN | {"model_type": "another"}, "pytorch_model.bin")
     refused("is not OpenAI's own", karlo.load_clip, tmp_path)
+
     (tmp_path / "pytorch_model.bin").unlink()
-    (tmp_path / "config.json").write_text("{}")
     refused("no weights in .*model.safetensors", karlo.load_clip, tmp_path, kind=FileNotFoundError)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}')
     refused("/b cannot be read: No such", karlo.load_clip, tmp_path, kind=FileNotFoundError)
@@ -620,13 +557,13 @@ def photos(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     across, down = torch.linspace(-1, 1, 96)[None], torch.linspace(-1, 1, 60)[:, None]
     a = torch.stack([(3 * across).sin() * down, across.square() - down, (across * down).cos() - 1])
-    for name, x in (("a.png", a), ("b.png", -a.transpose(1, 2))):
-        unclip.to_pil(x).save(name)
+    unclip.to_pil(a).save("a.png"), unclip.to_pil(-a.transpose(1, 2)).save("b.png")
     return tmp_path
 
 
-def test_clip_prints_a_probability_for_each_caption(openai, photos, capsys):
-    torch.save(openai["weights"] | {"token_embedding.weight": torch.randn(554, 128)}, "ViT.pt")
+def test_clip_prints_a_probability_for_each_caption(photos, capsys):
+    weights = golden_weights.read("clip_openai.pt")[1]
+    torch.save(weights | {"token_embedding.weight": torch.randn(554, 128)}, "ViT.pt")
     clip.main(["a.png", "a red circle", "two", "--weights", "ViT.pt", "--vocab", VOCAB])
     lines = [line.split("%") for line in capsys.readouterr().out.splitlines()]
     tokens = karlo.load_tokenizer(VOCAB)(["a red circle", "two"], 16)
@@ -646,57 +583,43 @@ def test_a_caption_is_sampled_as_karlo_was_published(model, photos):
     refused("at most 14 tokens", model.sample, ["the blue square is left of 3 Green Triangles"])
 
 
-def make_variations_folder(folder):
+def variations_folder(folder):
     """What the image-variations folder is: an image encoder beside the rest, and no prior."""
     edit(folder / "model_index.json", _class_name="UnCLIPImageVariationPipeline")
     shutil.rmtree(folder / "prior")
     shutil.rmtree(folder / "prior_scheduler")
-    golden = golden_weights.read("clip_transformers.pt")
-    golden["weights"]["visual_projection.weight"] = torch.randn(24, 128, generator=seed()) / 11
-    return clip_folder(golden, folder / "image_encoder", ("vision_model", "visual_"))
-
-
-def edit(path, **settings):
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return image_folder(folder / "image_encoder", columns=24)
 
 
 def openai_clip(model, path):
     """An OpenAI file with the text half of `model` and the golden CLIP's image half beside it."""
-    weights = {k: w for k, w in golden_weights.read("clip_openai.pt")["weights"].items()
-               if k.startswith("visual.")}
+    weights = {key: w for key, w in golden_weights.read("clip_openai.pt")[1].items()
+               if key.startswith("visual.")}
     weights["visual.proj"] = weights["visual.proj"][:, :24].clone()
-    openai_archive(weights | openai_names(model), path)
+    return openai_archive(weights | openai_names(model), path)
 
 
-@pytest.fixture(params=["in the folder", "OpenAI's", "elsewhere"])
-def seeing(request, folder, model, photos):
-    """A Karlo that sees images -> the options for it, and its image encoder."""
-    if request.param == "OpenAI's":
-        openai_clip(model.parts["clip"], "ViT.pt")
-        return ["--weights", str(folder), "--clip", "ViT.pt"], karlo.load_clip("ViT.pt")
-    encoder = make_variations_folder(folder)
-    if request.param == "elsewhere":
-        encoder = encoder.rename(photos / "elsewhere")
-        return ["--weights", str(folder), "--clip", "elsewhere"], karlo.load_clip(encoder)
-    return ["--weights", str(folder)], karlo.load_clip(encoder)
-
-
+@pytest.mark.parametrize("where", ["in the folder", "OpenAI's", "elsewhere"])
 @pytest.mark.parametrize("words", [
     ["variations", "a.png", "-n", "2", "--guidance", "8"], ["interpolate", "a.png", "b.png", "-n",
     "3"], ["edit", "a.png", "-n", "2", "--source", "a red circle", "--target", "a blue square",
            "--strength", "0.5"]])
-def test_the_decoder_receives_raw_embeddings_and_the_empty_caption(seeing, words, model, expected,
-                                                                   monkeypatch):
+def test_the_decoder_receives_raw_embeddings_and_the_empty_caption(
+        where, words, model, expected, folder, photos, monkeypatch):
     """Guidance compares with the learned null embedding, whose caption is "" as well."""
+    if where == "OpenAI's":
+        eye = openai_clip(model.parts["clip"], photos / "ViT.pt")
+    else:
+        eye = variations_folder(folder)
+        eye = eye.rename(photos / "eye") if where == "elsewhere" else eye
+    options = [] if where == "in the folder" else ["--clip", str(eye)]
     seen, condition = [], karlo.KarloDecoder.condition
+    monkeypatch.setattr(karlo.KarloDecoder, "condition",
+                        lambda *args: seen.append(args[1:]) or condition(*args))
 
-    def noted(self, z_i, text):
-        seen.append((z_i, text))
-        return condition(self, z_i, text)
-    monkeypatch.setattr(karlo.KarloDecoder, "condition", noted)
-    options, eye = seeing
-    unclip.main([*words, *options, "--decoder-steps", "3", "-o", "strip.png"])
-    a, b = (eye.encode_image(clip.preprocess(x, eye.config.image_size)[None])[0]
+    unclip.main([*words, "--weights", str(folder), *options, "--decoder-steps", "3", "-o", "x.png"])
+    encoder = karlo.load_clip(eye)
+    a, b = (encoder.encode_image(clip.preprocess(x, encoder.config.image_size)[None])[0]
             for x in ("a.png", "b.png"))
     assert abs(a.norm() - 1) > 0.3, "else nothing tells raw embeddings from unit ones"
     z_i, text = seen[-1]
@@ -726,11 +649,11 @@ def test_the_decoder_receives_raw_embeddings_and_the_empty_caption(seeing, words
     (["sample", "a", "--weights", "variations"], "hold no diffusion_prior")])
 def test_what_a_karlo_cannot_do_it_says_in_one_sentence(words, says, folder, photos, capsys):
     """Another CLIP with equal sizes has another space: ViT-L-14-336px.pt beside Karlo's."""
-    make_variations_folder(shutil.copytree(folder, photos / "variations"))
+    variations_folder(shutil.copytree(folder, photos / "variations"))
     other = karlo.load_karlo(FOLDER).parts["clip"]
     other.text.proj += torch.randn(24, 24) / 5
     openai_clip(other, "other.pt")
-    torch.save(golden_weights.read("clip_openai.pt")["weights"], "small.pt")
+    torch.save(golden_weights.read("clip_openai.pt")[1], "small.pt")
     with pytest.raises(SystemExit) as end:
         unclip.stop_on_error(unclip.main, [words[0], "--weights", str(folder), *words[1:]])
     out, err = capsys.readouterr()
@@ -739,58 +662,49 @@ def test_what_a_karlo_cannot_do_it_says_in_one_sentence(words, says, folder, pho
 
 
 # ---------------------------------------------------------------- bad folders
-BAD_FILES = ["model_index.json", "prior/diffusion_pytorch_model.safetensors",
-             "tokenizer/vocab.json", "decoder/diffusion_pytorch_model.bin",
-             "text_encoder/config.json", "decoder/config.json",
-             "decoder_scheduler/scheduler_config.json"]
+PARTS = ("prior decoder text_proj super_res_first super_res_last text_encoder tokenizer "
+         "prior_scheduler decoder_scheduler super_res_scheduler").split()
+FILES = ["model_index.json", "prior/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json",
+         "decoder/diffusion_pytorch_model.bin", "text_encoder/config.json", "decoder/config.json",
+         "decoder_scheduler/scheduler_config.json"]
+SETTINGS = {                        # what the code does not do: each is named with its value
+    "text_encoder": dict(hidden_act="gelu", vocab_size=9, layer_norm_eps=1e-6, hidden_size=96,
+                         num_hidden_layers=9, eos_token_id=5),
+    "prior": dict(num_layers=3, added_emb_type=None, embedding_dim=23, time_embed_act_fn="gelu"),
+    "prior_scheduler": dict(prediction_type="epsilon", beta_schedule="linear",
+                            num_train_timesteps=100, clip_sample=False, clip_sample_range=None),
+    "decoder_scheduler": dict(variance_type="fixed_small_log"),
+    "super_res_scheduler": dict(clip_sample_range=2),
+    "decoder": dict(act_fn="gelu", norm_eps=1e-6, layers_per_block=2, class_embed_type=None),
+    "text_proj": dict(clip_extra_context_tokens=3), "super_res_last": dict(sample_size=64)}
 
 
 @pytest.mark.parametrize("file, how, says", [
-    *((part, "absent", f"karlo.{part}") for part in (
-        "prior", "decoder", "text_proj", "super_res_first", "super_res_last", "text_encoder",
-        "tokenizer", "prior_scheduler", "decoder_scheduler", "super_res_scheduler")),
-    *((file, how, f"karlo/{file}") for file in BAD_FILES for how in ("cut", "empty", "junk")),
-    *((file, "absent", re.sub("/diff.*", "", f"karlo/{file}")) for file in BAD_FILES),
+    *((file, "absent", "karlo/" + file.split("/diff")[0]) for file in PARTS + FILES),
+    *((file, how, f"karlo/{file}") for file in FILES for how in ("cut", "empty", "junk")),
     ("decoder/diffusion_pytorch_model.bin", "code", "pytorch_model.bin cannot .*than tensors"),
     *((f"{part}/diffusion_pytorch_model{end}", "nan", f"{part}/.* is not finite") for part, end in (
         ("prior", ".safetensors"), ("text_proj", ".safetensors"), ("super_res_last", ".bin"))),
     ("tokenizer", "smaller", "tokenizer.* has 553 tokens.*text encoder 554"),
+    *((part, {name: value}, f"{part}/.* has {name} = {value!r}; only ")
+      for part, settings in SETTINGS.items() for name, value in settings.items()),
     ("model_index", {"_class_name": "StableDiffusionPipeline"}, "StableDiffusionPipeline"),
-    ("text_encoder", {"hidden_act": "gelu"}, "hidden_act = 'gelu'; only 'quick_gelu'"),
-    ("text_encoder", {"vocab_size": 9}, "vocab_size = 9"),
-    ("text_encoder", {"layer_norm_eps": 1e-6}, "layer_norm_eps"),
-    ("text_encoder", {"hidden_size": 96}, "hidden_size = 96"),
-    ("text_encoder", {"num_hidden_layers": 9}, "num_hidden_layers = 9"),
     ("text_encoder", {"num_attention_heads": 10 ** 9}, "1000000000 heads"),
     ("text_encoder", {"num_attention_heads": "2"}, "text_heads is '2'"),
-    ("text_encoder", {"eos_token_id": 5}, "eos_token_id = 5"),
     ("prior", {"num_attention_heads": 1}, "prior.* does not fit"),
     ("prior", {"num_attention_heads": 10 ** 9}, "prior"),
-    ("prior", {"num_layers": 3}, "num_layers = 3; only 2"),
-    ("prior", {"num_layers": None}, "num_layers = None"),
-    ("prior", {"added_emb_type": None}, "added_emb_type = None"),
-    ("prior", {"embedding_dim": 23}, "embedding_dim = 23; only 24"),
-    ("prior_scheduler", {"prediction_type": "epsilon"}, "prediction_type"),
-    ("prior_scheduler", {"beta_schedule": "linear"}, "beta_schedule"),
-    ("prior_scheduler", {"clip_sample_range": None}, "clip_sample_range"),
-    ("decoder_scheduler", {"variance_type": "fixed_small_log"}, "variance"),
-    ("super_res_scheduler", {"clip_sample_range": 2}, "clip_sample_range"),
-    ("decoder", {"act_fn": "gelu"}, "act_fn = 'gelu'"), ("decoder", {"norm_eps": 1e-6}, "norm_eps"),
     ("decoder", {"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 3}, "decoder"),
     ("decoder", {"down_block_types": None}, "decoder/config.json"),
     ("decoder", {"block_out_channels": [32, 48, 64]}, "down_blocks.*does not fit"),
     ("decoder", {"block_out_channels": [32, 32]}, "decoder"),
-    ("decoder", {"layers_per_block": 2}, "layers_per_block = 2; only 1"),
     ("decoder", {"attention_head_dim": 17}, "head_channels, got 32 and 17"),
     ("decoder", {"resnet_time_scale_shift": "default"}, "time_emb_proj.*does not fit"),
-    ("decoder", {"sample_size": 16}, "sample_size = 32; only 64"),
-    ("text_proj", {"clip_extra_context_tokens": 3}, "clip_extra_context_tokens"),
-    ("super_res_last", {"sample_size": 64}, "sample_size = 64; only 32")])
+    ("decoder", {"sample_size": 16}, "sample_size = 32; only 64")])
 def test_a_bad_karlo_folder_is_refused_in_a_sentence_that_names_the_part(folder, file, how, says,
                                                                          monkeypatch):
     monkeypatch.chdir(folder)
     path = folder / file
-    if isinstance(how, dict):                                        # what the code does not do
+    if isinstance(how, dict):
         for place in (".json", "/config.json", "/scheduler_config.json"):
             if (config := folder / (file + place)).is_file():
                 edit(config, **how)
@@ -804,10 +718,9 @@ def test_a_bad_karlo_folder_is_refused_in_a_sentence_that_names_the_part(folder,
         (path / "merges.txt").write_text("\n".join(merges[:-1]))
         (path / "vocab.json").write_text(json.dumps(
             {token: i - (i > 551) for token, i in vocab.items() if i != 551}))
-    elif how == "code":
-        torch.save({"w": Trap()}, path)
     else:
-        path.write_bytes({"cut": path.read_bytes()[:-40], "empty": b"", "junk": b"\x93junk"}[how])
-    refused(f"(?=.*karlo).*({says})", unclip.load, folder,
+        path.write_bytes({"cut": path.read_bytes()[:-40], "empty": b"", "junk": b"\x93junk",
+                          "code": saved(TRAP)}[how])
+    refused(f"(?=.*karlo/).*({says})", unclip.load, folder,
             kind=FileNotFoundError if how == "absent" else ValueError)
     assert not (folder / "trapped").exists(), "the file's code was run"
