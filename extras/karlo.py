@@ -34,7 +34,8 @@ from clip import reading
 class EmptyCaption:
     """The null condition is the caption "" as CLIP encodes it: one row, kept with the weights."""
 
-    def add_empty(self, c):
+    def __init__(self, c):
+        super().__init__(c)
         self.register_buffer("empty_tokens", torch.zeros(1, c.context, dtype=torch.long))
         self.register_buffer("empty_mask", torch.arange(c.context)[None] < 2)  # start and end
         self.register_buffer("empty_z_t", torch.zeros(1, c.embed_dim))
@@ -62,7 +63,6 @@ class KarloPrior(EmptyCaption, prior.DiffusionPrior):
         self.hidden_in = nn.Linear(config.text_width, config.width)
         self.register_buffer("mean", torch.zeros(config.embed_dim))
         self.register_buffer("std", torch.ones(config.embed_dim))
-        self.add_empty(config)
 
     def scale(self, z):
         return (z - self.mean) / self.std
@@ -96,7 +96,6 @@ class KarloDecoder(EmptyCaption, decoder.Decoder):
         X = config.unet.context_width
         self.hidden_in, self.hidden_ln = nn.Linear(config.text_width, X), nn.LayerNorm(X)
         self.text_emb = nn.Linear(config.embed_dim, 4 * config.unet.channels)
-        self.add_empty(config)
 
     def scale(self, z):
         return z                                       # as long as CLIP made it
@@ -140,13 +139,6 @@ PRESET = unclip.Config(
                     upsampler_steps=(7,), candidates=1))
 
 
-def build(device="cpu", dtype=torch.float32):
-    """Karlo with fresh weights; device "meta" gives shapes without memory."""
-    parts = {name: unclip.build_part(kind, getattr(PRESET, name), device, dtype)
-             for name, kind in CLASSES.items()}
-    return unclip.UnCLIP(PRESET, dict.fromkeys(unclip.PARTS) | parts)
-
-
 # ---------------------------------------------------------------- files
 class Content(dict):
     """What the file at `path` holds, by name: weights or settings."""
@@ -159,10 +151,11 @@ class Content(dict):
         raise ValueError(f"{self.path} lacks {name}; is it of another model, or cut short?")
 
     def expect(self, **wanted):
-        """ValueError where settings contradict what the code does."""
+        """The settings; ValueError where they contradict what the code does."""
         for name, value in wanted.items():
             if self.get(name, value) != value:
                 raise ValueError(f"{self.path} has {name} = {self[name]!r}; only {value!r} fits")
+        return self
 
     def count(self, name):
         """How many layers there are: "blocks.{}.bias" counts blocks.0.bias, blocks.1.bias, ..."""
@@ -173,8 +166,7 @@ def read_json(path, **wanted):
     """A JSON file of settings -> Content; see `expect`."""
     with reading(path, "a JSON object, {...}"):
         settings = Content(json.loads(path.read_bytes()).items(), path)
-    settings.expect(**wanted)
-    return settings
+    return settings.expect(**wanted)
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -231,10 +223,10 @@ class ArchiveReader(pickle.Unpickler):
              lambda data, start, shape, stride, *_: data.as_strided(shape, stride, start),
              "torch.jit._pickle.restore_type_tag": lambda value, tag: value,
              "collections.OrderedDict": dict}
-    for kind in ("int", "double", "bool", "tensor"):
-        known[f"torch.jit._pickle.build_{kind}list"] = list
-    for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int"):
-        known[f"torch.{kind}Storage"] = getattr(torch, kind.lower())
+    known |= {f"torch.jit._pickle.build_{kind}list": list
+              for kind in ("int", "double", "bool", "tensor")}
+    known |= {f"torch.{kind}Storage": getattr(torch, kind.lower())
+              for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int")}
 
     def __init__(self, archive, folder):
         super().__init__(io.BytesIO(archive.read(f"{folder}/data.pkl")))
@@ -252,13 +244,14 @@ class ArchiveReader(pickle.Unpickler):
         data = bytearray(self.archive.read(f"{self.folder}/data/{number}"))
         return torch.frombuffer(data, dtype=dtype)
 
-    def tensors(self, module, prefix=""):
-        """A module and all modules within -> (name, tensor) pairs."""
-        for name, value in vars(module).items():
-            if isinstance(value, SimpleNamespace):
-                yield from self.tensors(value, f"{prefix}{name}.")
-            elif torch.is_tensor(value):
-                yield prefix + name, value
+
+def named_tensors(module, prefix=""):
+    """A module out of an archive, and all modules within -> (name, tensor) pairs."""
+    for name, value in vars(module).items():
+        if isinstance(value, SimpleNamespace):
+            yield from named_tensors(value, f"{prefix}{name}.")
+        elif torch.is_tensor(value):
+            yield prefix + name, value
 
 
 def read_pickle(path):
@@ -268,8 +261,7 @@ def read_pickle(path):
         with zipfile.ZipFile(path) as archive:
             folder = archive.namelist()[0].split("/")[0]
             if f"{folder}/constants.pkl" in archive.namelist():                # TorchScript
-                reader = ArchiveReader(archive, folder)
-                return dict(reader.tensors(reader.load()))
+                return dict(named_tensors(ArchiveReader(archive, folder).load()))
     return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
@@ -351,7 +343,7 @@ TEXT_PROJ = [
     ("^text_emb", "embedding_proj"), ("^hidden_in", "encoder_hidden_states_proj"),
     ("^hidden_ln", "text_encoder_hidden_states_norm"),
     ("^image_tokens", "clip_extra_context_tokens_proj",                # rows: 4 channel + token
-     lambda w: w.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1))]
+     lambda w: torch.cat([w[token::4] for token in range(4)]))]
 
 
 def their_names(table, ours):
@@ -360,10 +352,9 @@ def their_names(table, ours):
     for pattern, theirs, *more in table:
         if re.search(pattern, name):
             name, change = re.sub(pattern, theirs, name), more[0] if more else change
-    before, *several = re.split(r"\{(.*)\}", name)
-    if several:
-        return [before + one + several[1] for one in several[0].split(",")], change
-    return [name] if name else [], change
+    before, _, rest = name.partition("{")
+    several, _, after = rest.partition("}")
+    return [before + one + after for one in several.split(",") if name], change
 
 
 def take(weights, table, ours):

@@ -63,14 +63,6 @@ def error(got, want):
     return ((got.double() - want.double()).abs().max() / want.abs().max().clamp(min=1)).item()
 
 
-def refill(module):
-    """Random weights in every layer, those that start at zero included, the same every time."""
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            p.copy_(fill(name, p.shape))
-    return module.eval()
-
-
 # ---------------------------------------------------------------- layouts, as tables of karlo.py
 def rows(parts):
     """Rows that stand [head][q|k|v][c], as [q|k|v][head][c]. Heads are 16 wide in all files."""
