@@ -64,7 +64,7 @@ class Setting:
     bug: str = ""                                 # of extras/museum.py
     eta: float = 0.0                              # this and the next three, of "image": DDIM's
     edit: str = ""                                # the attribute that a text diff changes
-    strength: float = 0.4                         # of the text diff
+    strength: float = 0.5                         # of the text diff
     components: int | None = None                 # so many principal components of z_i; x_T is new
 
 
@@ -429,9 +429,9 @@ FINDINGS = {
         {"": {"on the way": Setting("interpolation", 7, ("ends", "switch once"))}}, scenes=ONE),
     "text_diffs": Finding(
         "Fig. 5", "Text diffs: z_i is turned towards the difference of two captions",
-        {kind: vary("strength", (0.25, 0.3, 0.4, 0.5), condition="image", edit=kind,
+        {kind: vary("strength", (0.3, 0.4, 0.5, 0.6), condition="image", edit=kind,
                     measures=("reached", "rest kept")) for kind in ("colour", "shape", "size")},
-        ("colour 0.4", "shape 0.4", "size 0.4"), scenes=ONE, n=67),
+        ("colour 0.5", "shape 0.5", "size 0.5"), scenes=ONE, n=67),
     "inpainting": Finding(
         "RePaint", "The part with the second object is drawn anew, with another colour or shape",
         {"": {kind: Setting("inpainting", edit=kind) for kind in ("colour", "shape")}},

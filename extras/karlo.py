@@ -16,6 +16,7 @@ import pickle
 import re
 import zipfile
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,11 +81,7 @@ class KarloPrior(EmptyCaption, prior.DiffusionPrior):
         return causal & F.pad(text.mask, (0, 4), value=True)[:, None, None]    # (B, 1, rows, L + 4)
 
 
-@dataclass
-class KarloDecoderConfig(decoder.DecoderConfig):
-    vocab_size: int = 1             # unused, as are text_layers and text_heads
-    text_layers: int = 0
-    text_width: int = 768           # of CLIP's hidden states
+KarloDecoderConfig = partial(decoder.DecoderConfig, vocab_size=1, text_layers=0, text_width=768)
 
 
 class KarloDecoder(EmptyCaption, decoder.Decoder):

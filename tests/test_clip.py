@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import clip
-from golden_weights import refill
+from conftest import filled
 
 
 def rand(*shape, seed=0):
@@ -35,7 +35,7 @@ def config():
 
 @pytest.fixture
 def model(config):
-    return refill(clip.CLIP(config))
+    return filled(clip.CLIP(config))
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ W = 8                                          # = rows = length: bugs that mix 
 
 @pytest.fixture
 def cross_block():
-    return refill(clip.Block(W, heads=2, layers=1, context_width=W)).double()
+    return filled(clip.Block(W, heads=2, layers=1, context_width=W)).double()
 
 
 def test_attention_is_a_weighted_mean_by_double_loop():
@@ -276,7 +276,7 @@ def test_the_two_activations_are_the_formulas(cross_block):
 
 
 def test_in_the_caption_encoder_padding_hides_tokens_but_is_attended_to():
-    encoder = refill(clip.CaptionEncoder(50, context=W, width=W, layers=2, heads=2))
+    encoder = filled(clip.CaptionEncoder(50, context=W, width=W, layers=2, heads=2))
     tokens = torch.arange(2 * W).view(2, W)
     for length in (0, 5, W):
         mask = (torch.arange(W) < length).expand(2, W)
@@ -288,7 +288,7 @@ def test_in_the_caption_encoder_padding_hides_tokens_but_is_attended_to():
 
 
 def test_clips_states_are_projected_and_their_padding_is_learned():
-    layer, states = refill(clip.CaptionStates(6, context=9, width=W)).double(), rand(2, 5, 6)
+    layer, states = filled(clip.CaptionStates(6, context=9, width=W)).double(), rand(2, 5, 6)
     mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0, 0], [0] * 9]) > 0
     want = torch.cat([layer.proj(states[0, :3]), layer.pad[3:5], layer.proj(states[0, 2:3])])
     out, empty = layer(states.float(), mask)

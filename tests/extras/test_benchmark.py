@@ -137,11 +137,11 @@ def test_the_acceptance_goes_on_behind_what_fails(tmp_path, monkeypatch):
     for name, row in stages.items():
         monkeypatch.setitem(benchmark.STAGES, name, row)
     assert not benchmark.main(["acceptance", "--device", "cpu", "--preset", "toy", "--batch",
-                               "10000000", "--out", str(out), "--only", *stages])
+                               "1000000", "--out", str(out), "--only", *stages])
     found = json.loads((out / "acceptance.json").read_text())
     assert {name: re.split("[,:]", stage["status"])[0] for name, stage in found.items()} == {
         "sampling": "done", "crashes": "exit status -6", "hangs": "time limit", "late": "skipped",
         "last": "done"}
     notes = {(row["part"], row["batch"]): row.get("note", "") for row in found["sampling"]["rows"]}
-    assert not notes["decoder", 1] and "does not fit" in notes["decoder", 10000000]
+    assert not notes["decoder", 1] and "does not fit" in notes["decoder", 1000000]
     assert "| decoder | 1 | " in (out / "acceptance.md").read_text()

@@ -33,7 +33,7 @@ def weights(request, toy, tmp_path, monkeypatch):
     findings.training_set.cache_clear()
     model = toy
     if request.param == "fresh":
-        model = unclip.build("toy")
+        model = unclip.build(toy.config)
         model.tokenizer, model.words = toy.tokenizer, toy.words
     model.save(tmp_path / "weights.pt")
     return tmp_path / "weights.pt"

@@ -576,9 +576,10 @@ def openai_clip(model, path):
 
 @pytest.mark.parametrize("where", ["in the folder", "OpenAI's", "elsewhere"])
 @pytest.mark.parametrize("words", [
-    ["variations", "a.png", "-n", "2", "--guidance", "8"], ["interpolate", "a.png", "b.png", "-n",
-    "3"], ["edit", "a.png", "-n", "2", "--source", "a red circle", "--target", "a blue square",
-           "--strength", "0.5"]])
+    ["variations", "a.png", "-n", "2", "--guidance", "8"],
+    ["interpolate", "a.png", "b.png", "-n", "3", "--guidance", "1"],
+    ["edit", "a.png", "-n", "2", "--source", "a red circle", "--target", "a blue square",
+     "--guidance", "1"]])
 def test_the_decoder_receives_raw_embeddings_and_the_empty_caption(
         where, words, model, expected, folder, photos, monkeypatch):
     """Guidance compares with the learned null embedding, whose caption is "" as well."""
