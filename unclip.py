@@ -765,7 +765,7 @@ COMMANDS = {                                    # name: help, what draws, defaul
         "--rerank": dict(help="small images drawn for each; the one CLIP likes best is enlarged")}),
     "variations": ("images like an image (sec. 3.1)", UnCLIP.variations, FEW, {
         "image": IMAGE,
-        "--eta": dict(default=0.2, help="noise on the way, from 0, the image itself, to 1")}),
+        "--eta": dict(default=0.2, help="noise on the way, from 0, none, to 1")}),
     "interpolate": ("from one image to another (sec. 3.2)", UnCLIP.interpolate, FEW, {
         "a": IMAGE, "b": IMAGE,
         "--noise": dict(default="slerp", choices=("slerp", "fixed"), help="fixed: one for all")}),
