@@ -152,8 +152,12 @@ def test_every_caption_can_be_placed_anew_and_a_seed_gives_the_same_scenes():
         text = f"a large red triangle {relation} a large blue triangle"
         s = train_toy.place(train_toy.parse(text), rng)
         assert train_toy.caption(s) == text and train_toy.read(train_toy.render(s, 16)) == s
-    xs = torch.tensor([train_toy.place(circle, rng).objects[0].x for _ in range(500)])
-    assert xs.min() < 0.2 and xs.max() > 0.8 and xs.std() > 0.15
+    placed = [train_toy.place(circle, rng).objects[0] for _ in range(500)]
+    for name, low, high in (("x", 0.15, 0.85), ("y", 0.15, 0.85), ("r", 0.126, 0.222),
+                            ("tilt", -8, 8), ("shade", -1, 1)):
+        got = torch.tensor([getattr(o, name) for o in placed])
+        assert got.min() < low + 0.1 * (high - low) and got.max() > high - 0.1 * (high - low), name
+        assert abs((got.mean() - low) / (high - low) - 0.5) < 0.06, f"{name} is lopsided"
     a, b, c = ([repr(s) for s in scenes(50, seed)] for seed in (0, 0, 1))
     assert a == b != c
 

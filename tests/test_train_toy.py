@@ -1,5 +1,6 @@
 """The training loop: it learns what it should from what it should, resumes exactly, stops when it
 must; and runs as a user starts them."""
+import copy
 import json
 import math
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from PIL import Image
 import clip
 import train_toy
 import unclip
+from conftest import rand
 
 ROOT = Path(unclip.__file__).parent
 CPU = torch.device("cpu")
@@ -78,6 +81,9 @@ def test_every_step_and_every_seed_draws_something_else_and_draws_it_again():
     draws = [follow(recipe, seed=seed)[1] for seed in (0, 0, 1, 2 ** 64 - 1)]
     assert len(set(draws[0])) == 8, "the same batch at every step"
     assert draws[0] == draws[1] and not set(draws[0]) & set(draws[2]), "a seed without effect"
+    _, twice, weights = follow(replace(recipe, sam=0.5))
+    assert twice[::2] == twice[1::2] == draws[0], "both passes of SAM need the same batch"
+    assert weights[1] - weights[0] == pytest.approx(0.5), "the second is at w + rho g / |g|"
 
 
 def test_the_average_follows_the_weights_with_the_stated_decay():
@@ -184,6 +190,8 @@ def test_every_image_is_trained_with_its_own_caption(world):
         for row, image in zip(rows.tolist(), data.images(rows, size)):
             text = tokenizer.decode(data.tokens[row])
             assert train_toy.agrees(train_toy.parse(text), train_toy.read(image)), text
+        off = (data.images(rows, data.size) - data.draw(rows, data.size)).abs().max()
+        assert off < 0.501 / 127.5, f"bytes off by {127.5 * off}: truncated, not rounded?"
         assert torch.equal(data.text(rows).z_t, data.z_t[rows])
         assert torch.equal(data.text(rows).tokens, data.tokens[rows])
     norms = torch.cat([data.z_i, data.z_t]).norm(dim=1)
@@ -208,6 +216,53 @@ def test_what_a_loss_receives_belongs_together(world, name):
     assert torch.equal(text.z_t, data.z_t[rows]), "captions of other rows"
     for x in images:
         assert torch.equal(x, data.images(rows, x.shape[2])), "images of other rows"
+
+
+def test_clip_compares_images_with_their_own_captions(world, monkeypatch):
+    (config, data), recipe, given = world, replace(train_toy.TOY["clip"], batch=64), []
+    part = train_toy.fresh_part("clip", recipe, data, config, 0)
+    monkeypatch.setattr(part, "forward", lambda *x: given.extend(x) or 2 * [torch.eye(64)])
+    monkeypatch.setattr(clip, "clip_loss", lambda z_i, z_t, scale, ids: given.append(ids))
+    train_toy.losses_of("clip", part, data, recipe)(0.9)
+    images, tokens, ids = given
+    everything = data.images(torch.arange(len(data)), data.size).flatten(1)
+    rows = torch.cdist(images.flatten(1), everything).argmin(1)
+    assert torch.equal(tokens, data.tokens[rows, :tokens.shape[1]]), "captions of other rows"
+    assert torch.equal(ids, data.ids[rows]) and tokens.shape[1] == data.mask[rows].sum(1).max()
+    assert rows.max() >= 0.7 * len(data), "the curriculum has no effect"
+
+
+@pytest.mark.parametrize("name, many", [("upsampler1", 6), ("upsampler2", 0)])
+def test_an_upsampler_is_trained_on_pairs_some_redrawn(world, name, many, monkeypatch):
+    (config, data), recipe, given = world, replace(train_toy.TOY[name], batch=8), []
+    part = SimpleNamespace(config=getattr(config, name), loss=lambda *x: given.extend(x) or x[0])
+    part.prepare = lambda *x: given.extend(x) or (x[0], x[0][..., ::4, ::4].clone())
+
+    def redraw(data, rows, low):
+        want = data.draw(rows, part.config.unet.size)[..., ::4, ::4]
+        assert len(rows) == many and torch.allclose(low, want, atol=1e-5), "rows of other images"
+        return 2 + low
+    monkeypatch.setattr(train_toy, "redraw", redraw)
+    train_toy.losses_of(name, part, data, recipe)(0.0)
+    images, crops, high, low, t = given
+    assert high is images and crops == recipe.crops and len(high) * max(1, crops) == len(t) == 8
+    redrawn = (low - images[..., ::4, ::4]).mean((1, 2, 3)) / 2
+    assert redrawn.tolist() == pytest.approx([1.0] * many + [0.0] * (len(high) - many))
+
+
+def test_redrawing_noises_small_images_to_four_tenths_of_the_time_and_denoises_them(world):
+    data, rows, low, seen = copy.copy(world[1]), torch.tensor([5, 3]), rand(2, 3, 16, 16).tanh(), []
+    table = data.decoder.alphabar
+
+    def denoiser(z_i, text):
+        assert torch.equal(z_i, data.z_i[rows]) and torch.equal(text.z_t, data.z_t[rows])
+        return lambda x_t, t: seen.append((t, x_t)) or torch.cat([low, 0 * low], dim=1)
+    data.decoder = SimpleNamespace(config=replace(data.decoder.config, predicts="x0"),
+                                   denoiser=denoiser, alphabar=table)
+    assert torch.allclose(train_toy.redraw(data, rows, low), low, atol=1e-5), "not until t = 0"
+    t, x_t = seen[0]
+    eps = (x_t - table[t].sqrt() * low) / (1 - table[t]).sqrt()
+    assert 330 < t <= 400 and 0.9 < eps.std() < 1.1, "x_t is from q(x_t | x0) at t = 0.4 T"
 
 
 def test_the_curriculum_begins_with_one_object_and_relations_follow_two_by_two():
@@ -258,6 +313,10 @@ def test_timesteps_are_drawn_as_the_recipe_has_them():
     x = torch.logit((t - 0.5).double() / 1000)
     assert abs(x.mean() + 0.1) < 0.01 and abs(x.std() - 0.9) < 0.01, "N(-0.1, 0.9^2)"
     assert train_toy.draw_timesteps(train_toy.PAPER["decoder"], 1000, 8) is None
+    t = train_toy.draw_timesteps(train_toy.TOY["upsampler1"], 1000, 8000)
+    rest = t[t < 1000].double()
+    assert t.shape == (8000,) and abs(len(rest) - 4000) < 250, "at_T is the share of t = T"
+    assert 1 <= rest.min() < 9 and rest.max() > 991 and abs(rest.mean() - 500) < 25, "else uniform"
 
 
 def test_the_decoders_projections_of_z_i_start_white(world):
@@ -267,6 +326,17 @@ def test_the_decoders_projections_of_z_i_start_white(world):
     assert abs(out.mean()) < 1e-3 and 0.2 < out.std(0).mean() < 1.5
     plain = nn.Linear(*part.image_tokens.weight.shape[::-1])(data.z_i).detach()
     assert out.std(0).mean() > 3 * plain.std(0).mean()
+
+
+def test_clip_starts_from_sinusoidal_positions_of_rows_and_columns(world):
+    part = train_toy.fresh_part("clip", train_toy.TOY["clip"], world[1], world[0], 0)
+    pos, words = part.image.pos.data[1:] / 0.3, part.text.pos.data / 0.1
+    n, half = round(len(pos) ** 0.5), pos.shape[1] // 2
+    waves = clip.sinusoid(torch.arange(n), half)
+    want = torch.stack([torch.cat([waves[i // n], waves[i % n]]) for i in range(n * n)])
+    assert torch.allclose(pos, want, atol=1e-6), "half of it for the row, half for the column"
+    assert torch.allclose(words, clip.sinusoid(torch.arange(len(words)), words.shape[1]), atol=1e-6)
+    assert abs(part.text.tok.weight.std() - 0.1) < 0.002, "the std of a start"
 
 
 def test_a_temperature_that_overshot_can_come_back(world):
@@ -281,8 +351,25 @@ def test_a_temperature_that_overshot_can_come_back(world):
 # ---------------------------------------------------------------- all parts
 
 
-@pytest.mark.slow
+def test_a_runs_settings_reach_every_recipe():
+    plain, settings = train_toy.TOY, train_toy.Settings(steps_scale=0.01, batch=8, sam=0.1)
+    assert train_toy.scaled_recipes(train_toy.Settings(), 1) == plain, "no setting, no change"
+    for name, recipe in train_toy.scaled_recipes(settings, 2).items():
+        steps = round(plain[name].steps / 100)
+        assert recipe == replace(plain[name], steps=steps, batch=8, warmup=min(50, steps // 5),
+                                 sam=0.1 if name == "clip" else 0.0), f"{name}: a setting is lost"
+
+
 @pytest.mark.parametrize("name", train_toy.TOY)
+def test_a_seed_is_a_fresh_part(world, name):
+    a, b, c = (train_toy.fresh_part(name, train_toy.TOY[name], *world[::-1], seed).state_dict()
+               for seed in (0, 0, 1))
+    assert all(torch.equal(a[key], b[key]) for key in a), "drawn before the seed is set"
+    assert any(not torch.equal(a[key], c[key]) for key in a), "a seed without effect"
+
+
+@pytest.mark.parametrize("name", [name if "prior" in name else pytest.param(
+    name, marks=pytest.mark.slow) for name in train_toy.TOY])
 def test_six_steps_are_three_steps_saved_loaded_and_three_more(world, name, tmp_path):
     def save(state):
         if len(state["losses"]) == 3:
@@ -292,24 +379,6 @@ def test_six_steps_are_three_steps_saved_loaded_and_three_more(world, name, tmp_
     assert losses == resumed, "a resumed run draws what it would have drawn"
     for key, w in part.state_dict().items():
         assert torch.equal(w, again.state_dict()[key]), f"{key}: weight, average or moment is lost"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", train_toy.TOY)
-def test_twenty_steps_lower_the_loss(world, name):
-    """Of the same batches, drawn again. A residual upsampler begins as bicubic, not as a guess."""
-    config, data = world
-    recipe = replace(train_toy.TOY[name], steps=24, batch=16 if name != "upsampler2" else 8, warmup=4)
-    part = train_toy.fresh_part(name, recipe, data, config, 0)
-    batch_loss = train_toy.losses_of(name, part, data, recipe)
-
-    @torch.no_grad()
-    def loss():
-        return np.mean([(torch.manual_seed(seed), batch_loss(0.0).item())[1] for seed in range(4)])
-    before = loss()
-    train_toy.train(part, recipe, batch_loss)
-    after = loss()
-    assert after < 0.98 * before, f"{name}: {before:.4f} to {after:.4f}; is an optimiser called?"
 
 
 @pytest.mark.long
@@ -339,7 +408,8 @@ def test_the_papers_preset_trains_by_the_same_loop(tmp_path, command, monkeypatc
     assert code == 2 and "dtype bf16" in said, said
 
 
-TABLE_3 = {"ar_prior": (4096, 1_000_000, 1.6e-4, 4e-2, 0.91, 1e-10, 0.999),
+TABLE_3 = {"clip": (32_768, 635_000, 3e-4, 0.2, 0.98, 1e-6, 0.0),      # appendix C
+           "ar_prior": (4096, 1_000_000, 1.6e-4, 4e-2, 0.91, 1e-10, 0.999),
            "diffusion_prior": (4096, 600_000, 1.1e-4, 6e-2, 0.96, 1e-6, 0.9999),
            "decoder": (2048, 800_000, 1.2e-4, 0, 0.999, 1e-8, 0.9999),
            "upsampler1": (1024, 1_000_000, 1.2e-4, 0, 0.999, 1e-8, 0.9999),
@@ -353,7 +423,7 @@ def test_the_papers_recipes_are_those_of_its_table_3(name):
     plain = train_toy.Recipe(r.steps, r.batch, r.lr)
     for toys in ("muon", "logit_normal", "uniformity", "start", "sam", "at_T", "redrawn"):
         assert getattr(r, toys) == getattr(plain, toys), f"{toys} is not in the paper"
-    assert not r.cosine
+    assert (r.cosine, r.warmup) == ((True, 2000) if name == "clip" else (False, 0))
 
 
 # ---------------------------------------------------------------- whole runs, as a user starts them
@@ -420,20 +490,25 @@ def test_a_run_killed_while_it_saves_resumes_to_the_same_weights(finished, tmp_p
             assert torch.equal(w, other[part][key]), f"{part}.{key} differs"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options, complaint", [
-    ((), "--resume"), (("--resume", "--seed", "5"), "with seed 0, not 5"),
+    ((), "state.pt is there already"), (("--resume", "--seed", "5"), "with seed 0, not 5"),
     (("--resume", "--steps-scale", "0.003"), "steps_scale 0.002"),
-    (("--resume", "--groups", "21"), "captions"), (("--batch", "6"), "multiple of 4"),
-    (("--steps-scale", "0"), "steps-scale"), (("--sam", "-1"), "--sam"), (("--data", ""), "--data"),
-    (("--out", ""), "--out"), (("--vocab", ""), "--vocab"), (("--save-seconds", "-5"), "--save-s"),
+    (("--resume", "--sam", "0.1"), "sam 0.0"), (("--resume", "--dtype", "bf16"), "dtype fp32"),
+    (("--resume", "--batch", "4"), "batch 8"), (("--resume", "--groups", "21"), "captions"),
+    (("--batch", "6"), "multiple of 4"), (("--steps-scale", "0"), "steps-scale"),
+    (("--sam", "-1"), "--sam"), (("--data", ""), "--data"), (("--out", ""), "--out"),
+    (("--vocab", ""), "--vocab"), (("--save-seconds", "-5"), "--save-s"),
     (("--data", "."), "--groups"), (("--dtype", "tf32"), "--dtype tf32"),
     (("--groups", "1000000000"), "--groups")])
-def test_a_run_is_not_overwritten_and_not_resumed_as_another(finished, command, options, complaint):
-    before = (finished / "state.pt").read_bytes(), (finished / "toy.pt").read_bytes()
-    said, code = command(*TINY, "--out", finished, *options)
+def test_a_run_is_not_overwritten_and_not_resumed_as_another(tmp_path, command, options, complaint):
+    settings = train_toy.Settings(str(tmp_path), steps_scale=0.002, batch=8)
+    state = train_toy.open_run(train_toy.World(20), settings, tmp_path / "state.pt", 0)
+    torch.save(state | {"current": {"clip": {"losses": [1.0]}}}, tmp_path / "state.pt")
+    before = (tmp_path / "state.pt").read_bytes()
+    said, code = command(*TINY, "--out", tmp_path, *options)
     assert code == 2 and complaint in said and "Traceback" not in said, said
-    assert before == ((finished / "state.pt").read_bytes(), (finished / "toy.pt").read_bytes())
+    assert {p.name for p in tmp_path.iterdir()} <= {"state.pt", "lock"}
+    assert before == (tmp_path / "state.pt").read_bytes()
 
 
 def test_a_folder_of_other_weights_of_a_running_run_or_a_file_is_refused(tmp_path, command):
@@ -513,17 +588,30 @@ def test_read_prints_what_is_in_an_image_and_world_draws_a_sheet(tmp_path, comma
     assert code == 0 and (tmp_path / "world.png").stat().st_size > 2e4
 
 
+def test_every_option_of_a_run_reaches_its_settings(command, monkeypatch):
+    runs = []
+    monkeypatch.setattr(train_toy, "run", lambda *given: runs.append(given))
+    monkeypatch.setattr(train_toy, "World", lambda *given: given)
+    for words in ("", "--groups 5 --out x --preset paper --resume --only clip decoder --batch 8 "
+                  "--steps-scale 0.5 --seed 3 --sam 0.1 --vocab v --save-seconds 9 --device d "
+                  "--dtype bf16 --recompute --compile"):
+        command(*words.split())
+    assert runs == [((6000, 0), train_toy.Settings()), ((5, 3), train_toy.Settings(
+        "x", "paper", True, ["clip", "decoder"], 0.5, 8, 3, 0.1, "v", 9.0, "d", "bf16", True,
+        True))]
+
+
 # ---------------------------------------------------------------- evaluation
 
 
 class Painter:
-    """A model that draws what z_i holds: the number of a caption, hidden in its embedding."""
-    def __init__(self, scenes):
-        self.scenes, self.seen = scenes, []
-        self.config = unclip.toy()
+    """A model that draws what a caption states, but what is green in a colour of its own."""
+    def __init__(self, green="green"):
+        self.seen, self.captions, self.green, self.config = [], [], green, unclip.toy()
 
     def encode_text(self, captions):
-        rows = torch.tensor([[captions_of(self.scenes).index(c)] for c in captions])
+        self.captions += captions
+        rows = torch.arange(len(captions))[:, None]
         return clip.Text(rows, rows, 1.0 + rows.expand(-1, 2), rows)
 
     def encode_image(self, images):
@@ -535,32 +623,28 @@ class Painter:
 
     def sample_decoder(self, z_i, text, generator=None):
         self.seen.append(z_i)
-        return train_toy.render_many([self.scenes[i] for i in text.tokens[:, 0]], 16)
+        scenes = [train_toy.parse(text.replace("green", self.green)) for text in
+                  self.captions[-len(z_i):]]
+        return train_toy.render_many([train_toy.place(s, random.Random(0)) for s in scenes], 16)
 
     def upsample(self, x, generator=None):
         return nn.functional.interpolate(x, 64, mode="bicubic")
 
     def rerank(self, images, captions, keep):
+        assert captions == self.captions[-len(images)::4]
         return images[::4]
-
-
-def captions_of(scenes):
-    return [train_toy.caption(scene) for scene in scenes]
 
 
 @pytest.mark.parametrize("condition", train_toy.CONDITIONS)
 def test_each_condition_receives_what_it_must_and_nothing_else(condition):
-    rng, scenes = random.Random(0), []
-    while len(scenes) < 12:
-        new = train_toy.random_scene(rng)
-        scenes += [new] if train_toy.caption(new) not in captions_of(scenes) else []
-    model = Painter(scenes)
+    rng, model = random.Random(0), Painter()
+    scenes = [train_toy.random_scene(rng) for _ in range(12)]
     row = train_toy.score(model, {"a": scenes[:6], "b": scenes[6:]}, condition)
     assert row["a"] == row["b"] == 1 and not row["wrong attributes"] and not row["wrong pairs"]
     images = train_toy.render_many(scenes, model.config.clip.image_size)
     want = {"caption alone": torch.zeros(12, 2), "true image embedding": clip.unit(
         images.mean((2, 3))), "text embedding in its place": clip.unit(model.encode_text(
-            captions_of(scenes)).z_t)}.get(condition)
+            12 * [""]).z_t)}.get(condition)
     if want is not None:
         assert torch.allclose(model.seen[0], want, atol=1e-5), f"{condition} got something else"
     else:
@@ -568,15 +652,29 @@ def test_each_condition_receives_what_it_must_and_nothing_else(condition):
         assert len(model.seen[1]) == (48 if condition == train_toy.BEST else 12)
 
 
-@pytest.mark.slow
-def test_evaluate_prints_a_table_and_writes_json(tmp_path, command, finished):
-    said, code = command("evaluate", "--weights", finished / "toy.pt", "--captions", 5, "--json",
-                         tmp_path / "e.json", "--conditions", "caption alone")
-    assert code == 0 and "| caption alone | 0.0 % | 0.0 % | 0.0 % |" in said, said
+def test_evaluate_shows_what_training_never_did_and_counts_what_is_right(tmp_path, command,
+                                                                         monkeypatch):
+    """By a model that paints blue what is green: wrong by the colour, where a caption has green."""
+    model, cells = Painter("blue"), []
+    monkeypatch.setattr(unclip, "load", lambda *_: model)
     late = command("evaluate", "--json", tmp_path / "no/e.json")
-    assert late[1] == 2 and "--json" in late[0], "refused before any work"
+    assert late[1] == 2 and "--json" in late[0] and not model.captions, "refused before any work"
+    said, code = command("evaluate", "--captions", 40, "--json", tmp_path / "e.json",
+                         "--conditions", "caption alone")
     row = json.loads((tmp_path / "e.json").read_text())["rows"]["caption alone"]
-    assert row["one object"] == 0 and sum(row["wrong pairs"].values()) >= 3
+    scenes = [train_toy.parse(text) for text in model.captions]
+    for kind, a, b, part in (("one object", 0, 16, "test"), ("two objects", 16, 40, "test"),
+                             ("held-out pairs", 40, 56, "held-out")):
+        assert {train_toy.split(s) for s in scenes[a:b]} == {part}, f"{kind}: shown in training?"
+        right = np.mean(["green" not in text for text in model.captions[a:b]])
+        assert 0 < row[kind] == right < 1, kind
+        cells.append(f"{100 * right:.1f} %")
+    assert "| caption alone | " + " | ".join(cells) + " | 0." in said and code == 0, said
+    assert "16 one object, 24 two objects, 16 held-out pairs; " in said and len(scenes) == 56
+    wrong = sum("green" in text for text in model.captions)
+    assert row["wrong attributes"]["colour"] == sum(row["wrong pairs"].values()) == wrong
+    assert 0.5 < row["IoU, worst tenth"] < row["IoU"] < 1 and row["IoU"] > 0.8
+    assert 10 < row["PSNR, worst tenth"] < row["PSNR"] < 40, "in dB"
 
 
 @pytest.mark.long

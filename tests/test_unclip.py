@@ -32,8 +32,9 @@ def tiny_config():
     """8 -> 32 -> 128 px, one layer of everything."""
     text = dict(embed_dim=16, context=20, vocab_size=600)
     small = dict(text, width=32, layers=1, heads=1)
-    clip_config = clip.CLIPConfig(**text, image_size=16, image_width=32, image_layers=1,
-                                  image_heads=1, text_width=32, text_layers=1, text_heads=1)
+    clip_config = clip.CLIPConfig(**text | {"context": 18}, image_size=16, image_width=32,
+                                  image_layers=1, image_heads=1, text_width=32, text_layers=1,
+                                  text_heads=1)
     unet = decoder.UNetConfig(size=8, channels=16, mults=(1, 1), attention=(4,), head_channels=8,
                               context_width=16, groups=4)
     upsamplers = [decoder.UpsamplerConfig(decoder.UNetConfig(
@@ -98,6 +99,7 @@ def test_a_seed_is_an_image(stack, which):
     x = draw(stack, prior=which)
     assert torch.equal(x, draw(stack, prior=which)), "equal seeds must give equal images"
     assert not same(x, draw(stack, number=1, prior=which)), "is the seed ignored?"
+    assert not same(x, draw(stack, [OTHER], prior=which)), "is the caption ignored?"
 
 
 def test_the_stages_draw_in_the_documented_order(stack, monkeypatch):
@@ -135,14 +137,23 @@ def test_every_image_of_a_batch_has_its_own_caption_and_embedding(stack):
 
 
 OPTIONS = {"guidance": 5.0, "prior_guidance": 5.0, "prior_steps": 2, "decoder_steps": 2,
-           "upsampler_steps": (3, 3), "candidates": 4, "rerank": 3, "prior": "ar"}
+           "upsampler_steps": (3, 3), "candidates": 4, "rerank": 3, "prior": "ar",
+           "guidance_above": 999}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_option_of_sample_is_without_effect(stack, name):
-    images = [draw(stack, [OTHER], s, **given) for given in ({}, {name: OPTIONS[name]})
-              for s in range(4)]                         # the better candidate may be the first
-    assert any(not same(a, b) for a, b in zip(images[:4], images[4:])), f"{name} has no effect"
+    """Nor if the weights bring it, as config.sampling."""
+    def draws(model, **given):                           # the better candidate may be the first
+        return torch.cat([draw(model, [OTHER], s, **given) for s in range(4)])
+
+    value, other = {name: OPTIONS[name]}, copy.copy(stack)
+    if name != "prior":
+        other.config = replace(stack.config, sampling=replace(stack.config.sampling, **value))
+    changed = draws(stack, prior="ar") if name == "prior" else draws(other)
+    assert not same(draws(stack), changed), f"{name} has no effect"
+    if name not in ("prior", "guidance_above"):
+        assert torch.equal(draws(stack, **value), changed), "not given: as the weights have it"
 
 
 def test_each_upsampler_takes_its_own_number_of_steps(stack, monkeypatch):
@@ -152,16 +163,6 @@ def test_each_upsampler_takes_its_own_number_of_steps(stack, monkeypatch):
                             lambda x, steps, *_, name=name: taken.append((name, steps)) or x)
     stack.upsample(torch.zeros(1, 3, 8, 8), (27, 15))
     assert taken == [("upsampler1", 27), ("upsampler2", 15)]
-
-
-def test_what_is_not_given_is_as_the_weights_have_it(stack):
-    given = {f.name: getattr(stack.config.sampling, f.name)
-             for f in dataclasses.fields(unclip.Sampling) if f.name != "guidance_above"}
-    assert torch.equal(draw(stack), draw(stack, **given))
-
-
-def test_the_caption_matters(stack):
-    assert not same(draw(stack), draw(stack, ["a large green square"]))
 
 
 def test_rerank_keeps_of_each_caption_the_images_nearest_to_it(stack):
@@ -196,16 +197,20 @@ def test_with_low_memory_one_part_at_a_time_is_on_the_device(stack):
         name: "cpu" for name in unclip.PARTS if name != "decoder"}, "first the others make room"
 
 
-def test_low_memory_draws_the_same_image(stack, tmp_path):
-    stack.save(tmp_path / "a.pt")
-    model = unclip.load(tmp_path / "a.pt", low_memory=True)
-    assert model.low_memory and torch.equal(draw(model), draw(stack))
+def test_captions_are_padded_at_their_end_up_to_the_decoders_context(stack):
+    text, tokens = stack.encode_text([CAPTION, OTHER]), stack.tokenizer([CAPTION, OTHER], 18)
+    assert torch.equal(text.tokens, F.pad(tokens, (0, 2))), "18 tokens of CLIP, 20 of the decoder"
+    lengths = torch.tensor([[len(stack.tokenizer.encode(c)) + 2] for c in (CAPTION, OTHER)])
+    assert torch.equal(text.mask, torch.arange(20) < lengths), "True: a token, also start and end"
+    assert all(map(torch.equal, text[2:], stack.parts["clip"].encode_text(tokens)))
+    with pytest.raises(ValueError, match="no tokenizer"):
+        unclip.build(stack.config).encode_text(OTHER)
 
 
 def test_captions_are_checked(stack):
     assert draw(stack, ["a crimson circle"]).isfinite().all(), "unknown words are drawn, too"
     for captions, words in ([], "some text"), ([""], "some text"), ([OTHER, "  "], "some text"), \
-            (["a red circle " * 9], "20 tokens"):
+            (["a red circle " * 9], "18 tokens"):
         with pytest.raises(ValueError, match=words):
             draw(stack, captions)
 
@@ -257,18 +262,6 @@ def test_variations_share_the_latent_and_differ_by_their_noise(stack, photo):
                                                upsampler_steps=()))
     each = stack.variations(photo, 2, steps=4, generator=[seed(4), seed(5)])
     assert same(each[1:], stack.variations(photo, 1, steps=4, generator=seed(5)))
-
-
-def test_an_image_may_be_a_file_a_pil_image_or_a_tensor(stack, photo, tmp_path):
-    """The middle square of a wide one is used."""
-    def still(image):
-        return stack.variations(image, 1, eta=0.0, steps=4, upsampler_steps=())
-
-    assert torch.equal(still(F.pad(photo, (8, 8, 0, 0), value=1.0)), still(photo))
-    image = unclip.to_pil(photo)
-    image.save(tmp_path / "a.png")
-    assert torch.equal(still(image), still(tmp_path / "a.png"))
-    assert same(still(image), still(photo), 0.05), "but for rounding to 8 bits"
 
 
 def test_pixels_become_the_nearest_byte_and_do_not_wrap_around():
@@ -374,6 +367,8 @@ REFUSED = {
         lambda m, x: m.sample_prior(m.encode_text(OTHER), "ar", candidates=2)],
     '"diffusion" or "ar"': [lambda m, x: draw(m, prior="gan")],
     "generators, one for each": [lambda m, x: draw(m, generator=[seed(0), seed(1)]),
+                                 lambda m, x: m.inpaint(x, x[0] * 0 + 1, OTHER, 2,
+                                                        generator=[seed(0)]),
                                  lambda m, x: m.variations(x, 3, generator=[seed(0)])],
     "expected prior_steps from 1": [lambda m, x: draw(m, prior_steps=0)],
     "expected decoder_steps from 1": [lambda m, x: draw(m, decoder_steps=2000)],
@@ -398,9 +393,11 @@ def test_what_cannot_be_meant_is_refused_before_any_work(stack, photo, words, mo
 
 
 @pytest.mark.parametrize("name, options", [
-    ("diffusion_prior", {}), ("ar_prior", {"prior": "ar"}), ("decoder", {}), ("upsampler1", {})])
+    ("diffusion_prior", {}), ("ar_prior", {"prior": "ar"}), ("decoder", {}), ("upsampler1", {}),
+    ("upsampler2", {})])
 def test_a_missing_part_is_named(stack, name, options):
     model = unclip.UnCLIP(stack.config, stack.parts | {name: None}, stack.tokenizer)
+    model.upsample = None                                # before minutes of drawing small images
     with pytest.raises(ValueError, match=f"no {name}; train it"):
         draw(model, **options)
 
@@ -414,16 +411,28 @@ def test_numbers_that_are_not_finite_are_blamed_on_the_part_that_drew_them(stack
 
 # ---------------------------------------------------------------- presets and checkpoints
 
-COUNTS = {"clip": 986.3, "diffusion_prior": 1257.9, "ar_prior": 2212.2, "decoder": 3496.1,
-          "upsampler1": 729.7, "upsampler2": 282.1}      # millions, as table 3 of the paper
+COUNTS = {"clip": 986_339_841, "diffusion_prior": 1_257_905_152, "ar_prior": 2_212_178_816,
+          "decoder": 3_496_062_470, "upsampler1": 729_710_726, "upsampler2": 282_064_326}
 
 
 def test_the_paper_preset_has_the_papers_sizes():
-    for name, part in unclip.build("paper", device="meta").parts.items():
-        count = sum(w.numel() for w in part.parameters()) / 1e6
-        assert count == pytest.approx(COUNTS[name], abs=0.1), name
+    parts = unclip.build("paper", device="meta").parts
+    for name, part in parts.items():
+        assert sum(w.numel() for w in part.parameters()) == COUNTS[name], name
         predicts = "x0" if name == "diffusion_prior" else "eps"
         assert getattr(part.config, "predicts", predicts) == predicts, name
+    ups = [vars(parts[name].config) for name in ("decoder", "upsampler1", "upsampler2")]
+    assert [(c["unet"].dropout, c["schedule"], c.get("degradation")) for c in ups] == [
+        (0.1, "cosine", None), (0.1, "cosine", "blur"), (0.0, "linear", "bsr")]
+
+
+def test_the_committed_weights_are_of_the_toy_preset():
+    """But for what a run takes from its data: the words, and how many directions z_i has."""
+    own, toy = unclip.read_checkpoint(ROOT / "weights/toy.pt")["config"], unclip.toy()
+    for name in ("clip", "diffusion_prior", "ar_prior", "decoder"):
+        getattr(toy, name).vocab_size = own[name]["vocab_size"]
+    toy.ar_prior.components = own["ar_prior"]["components"]
+    assert own == dataclasses.asdict(toy)
 
 
 def test_build_gives_each_caller_a_configuration_of_their_own():
@@ -457,8 +466,13 @@ def test_what_is_loaded_is_what_was_saved_bit_by_bit(stack, tmp_path, dtype):
         assert not again.parts[name].training
     assert again.config == stack.config and again.words == stack.words
     assert again.tokenizer([CAPTION], 20).equal(stack.tokenizer([CAPTION], 20))
+    conv = again.parts["decoder"].unet.conv_in.weight
+    assert conv.is_contiguous(memory_format=torch.channels_last) and not stack.low_memory
+    spare = unclip.load(tmp_path / "a.pt", dtype=dtype or torch.float32, low_memory=True)
+    assert spare.low_memory and {w.dtype for w in spare.parts["decoder"].parameters()} == {
+        dtype or torch.float32} and spare.parts["decoder"].alphabar.dtype == torch.float64
     if dtype is None:
-        assert torch.equal(draw(again), draw(stack))
+        assert torch.equal(draw(again), draw(stack)) and torch.equal(draw(spare), draw(stack))
 
 
 def test_a_class_of_your_own_comes_back(stack, tmp_path):
@@ -603,6 +617,27 @@ def test_commands_that_begin_with_an_image_write_a_strip(command, files, words, 
         assert status == 2 and bad in printed and printed.count("\n") == 1
 
 
+COMMAND_LINES = {
+    "sample x -n 3 -o o.png --weights w --clip c --device d --dtype bf16 --low-memory --seed 7 "
+    "--guidance 3 --decoder-steps 5 --upsampler-steps 2 4 --prior ar --prior-guidance 2 "
+    "--prior-steps 4 --candidates 6 --rerank 8": dict(
+        captions=["x"], n=3, out="o.png", weights="w", clip_path="c", device="d", dtype="bf16",
+        low_memory=True, seed=7, guidance=3.0, steps=5, upsampler_steps=[2, 4], prior="ar",
+        prior_guidance=2.0, prior_steps=4, candidates=6, rerank=8),
+    "sample x": dict(n=1, out="out.png", prior="diffusion", seed=0, dtype="fp32", guidance=None),
+    "variations i": dict(image="i", eta=0.2, n=8, steps=250, guidance=2.0, out="variations.png"),
+    "interpolate i j": dict(a="i", b="j", noise="slerp", draw=unclip.UnCLIP.interpolate),
+    "edit i --source x --target y": dict(image="i", source="x", target="y", strength=0.5),
+    "inpaint i x --mask m": dict(image="i", caption="x", mask="m", n=4, steps=None)}
+
+
+@pytest.mark.parametrize("words", COMMAND_LINES)
+def test_every_word_on_the_command_line_reaches_its_command(words, command, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(unclip, "run", lambda **options: seen.update(options))
+    assert command(*words.split())[0] == 0 and seen == seen | COMMAND_LINES[words]
+
+
 BAD = {
     "--weights nowhere.pt": "nowhere.pt cannot be read: No such file",
     "--weights short.pt": "short.pt cannot be read as a checkpoint", "--weights ": "--weights: ",
@@ -657,6 +692,8 @@ def test_the_guard_around_every_main(error, status, printed, capsys):
     with pytest.raises(SystemExit) as end:
         unclip.stop_on_error(fail)
     assert end.value.code == status and printed in capsys.readouterr().err
+    unclip.stop_on_error(int)
+    assert capsys.readouterr() == ("", "")
     with pytest.raises(KeyError):
         unclip.stop_on_error({}.__getitem__, "a mistake of ours keeps its traceback")
 
