@@ -181,11 +181,11 @@ def test_files(chapter):
 def lay_out(folder, names, statement=your_turn):
     """Copy the six files, their tests and the weights, without the bodies of these functions."""
     for name in ("weights", "tests/golden"):
-        shutil.copytree(ROOT / name, folder / name)
+        shutil.copytree(ROOT / name, folder / name, copy_function=shutil.copyfile)
     (folder / "tests/extras").mkdir()
     helpers = [path for path in (ROOT / "tests/extras").glob("*.py") if path.name[:5] != "test_"]
     for path in [*(ROOT / "tests").glob("*.py"), *helpers, ROOT / "pytest.ini"]:
-        shutil.copy(path, folder / path.relative_to(ROOT))
+        shutil.copyfile(path, folder / path.relative_to(ROOT))
     for chapter in CHAPTERS:
         (folder / f"{chapter}.py").write_text(without(chapter, names, statement), encoding="utf-8")
 
@@ -215,7 +215,7 @@ def hand_out(folder, week):
     with open(folder / "tests/conftest.py", "a", encoding="utf-8") as file:
         file.write(LATER.format(later=[*range(week + 1, len(WEEKS) + 1)]))
     for name in ("requirements.txt", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
+        shutil.copyfile(ROOT / name, folder / name)
     (folder / "README.md").write_text(hand_out_page(week), encoding="utf-8")
 
 
