@@ -621,13 +621,15 @@ class Painter:
         self.seen.append(which)
         return text.z_t
 
-    def sample_decoder(self, z_i, text, generator=None):
+    def sample_decoder(self, z_i, text, generator):
+        assert generator.initial_seed() == 0, "a seed without effect"
         self.seen.append(z_i)
         scenes = [train_toy.parse(text.replace("green", self.green)) for text in
                   self.captions[-len(z_i):]]
         return train_toy.render_many([train_toy.place(s, random.Random(0)) for s in scenes], 16)
 
-    def upsample(self, x, generator=None):
+    def upsample(self, x, generator):
+        assert generator.initial_seed() == 0, "a seed without effect"
         return nn.functional.interpolate(x, 64, mode="bicubic")
 
     def rerank(self, images, captions, keep):

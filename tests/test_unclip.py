@@ -394,7 +394,7 @@ def test_what_cannot_be_meant_is_refused_before_any_work(stack, photo, words, mo
 
 @pytest.mark.parametrize("name, options", [
     ("diffusion_prior", {}), ("ar_prior", {"prior": "ar"}), ("decoder", {}), ("upsampler1", {}),
-    ("upsampler2", {})])
+    ("upsampler2", {}), ("clip", {})])
 def test_a_missing_part_is_named(stack, name, options):
     model = unclip.UnCLIP(stack.config, stack.parts | {name: None}, stack.tokenizer)
     model.upsample = None                                # before minutes of drawing small images
@@ -436,7 +436,9 @@ def test_the_committed_weights_are_of_the_toy_preset():
 
 
 def test_build_gives_each_caller_a_configuration_of_their_own():
-    unclip.build("toy", device="meta").config.clip.vocab_size = 7
+    half = unclip.build("toy", "meta", torch.half)
+    half.config.clip.vocab_size = 7
+    assert {w.dtype for w in half.parts["decoder"].parameters()} == {torch.half}
     assert unclip.build("toy", device="meta").config.clip.vocab_size != 7
     with pytest.raises(ValueError, match="preset out of toy, paper"):
         unclip.build("huge")
