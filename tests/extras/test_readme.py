@@ -92,6 +92,7 @@ FEW = "-n 2 --decoder-steps 2 --upsampler-steps 1 1"
 SHORT = {"cuda|karlo|ViT-|gallery|ablate|bounds|compare|grade|acceptance|handout": None,
          r"unclip.py \w": FEW, "evaluate": "--captions 5", "figures": "--only priors_cost --out .",
          "experiments": "--only rerank --scenes 2 --out .", "run --preset toy": "--limit-seconds 0",
+         "--data": "--steps-scale 0.0005 --batch 8",
          r"train_toy.py( -|$)": "--steps-scale 0.0005 --batch 8 --groups 40"}
 
 
