@@ -537,7 +537,7 @@ def examine(chapters, tests=None, path=None, names=()):
     -> what a Trial has after its run, as a dict; only its "offences" if it did not end well.
     Note: it may take four times as long as with our functions, and 4 seconds.
     """
-    limit = 4 + 4 * sum(recorded(chapter)["seconds"].get(test, 0) for chapter in chapters
+    limit = 7 + 4 * sum(recorded(chapter)["seconds"].get(test, 0) for chapter in chapters
                         for test in tests) if path else 120
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1",
