@@ -535,7 +535,7 @@ def examine(chapters, tests=None, path=None, names=()):
     """One trial in a process of its own, in a copy without the bodies of these functions.
 
     -> what a Trial has after its run, as a dict; only its "offences" if it did not end well.
-    Note: it may take four times as long as with our functions, and 4 seconds.
+    Note: it may take four times as long as with our functions, and 7 seconds.
     """
     limit = 7 + 4 * sum(recorded(chapter)["seconds"].get(test, 0) for chapter in chapters
                         for test in tests) if path else 120
