@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -326,6 +327,14 @@ def saved(content, **options):
     return file.getvalue()
 
 
+def archive_of(data):
+    """A TorchScript archive whose data are this pickle."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x/constants.pkl", b""), archive.writestr("x/data.pkl", data)
+    return file.getvalue()
+
+
 def entry(**changes):
     """A safetensors file of two numbers, or what changes make of it."""
     return with_header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes},
@@ -352,7 +361,8 @@ SAFETENSORS = [
     *(("bad.safetensors", data, "cannot be read as a safetensors file of weights.*: " + says)
       for data, says in SAFETENSORS),
     *(("bad.bin", data, "cannot be read as .*: it holds more than tensors") for data in (
-        saved(TRAP), saved(TRAP, _use_new_zipfile_serialization=False))),
+        saved(TRAP), saved(TRAP, _use_new_zipfile_serialization=False),
+        archive_of(pickle.dumps(Trap())))),
     *(("bad.bin", data, "cannot be read as a file of weights") for data in (
         saved(torch.ones(2)), saved({"state_dict": {"w": 1}}), saved({"w": 1}),
         saved({"w": torch.ones(1000)})[:2000], b"PK\x03\x04junk", b"",
@@ -519,8 +529,8 @@ def test_other_clips_and_folders_without_weights_are_refused(tmp_path, monkeypat
 
     (tmp_path / "pytorch_model.bin").unlink()
     refused("no weights in .*model.safetensors", karlo.load_clip, tmp_path, kind=FileNotFoundError)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}')
-    refused("/b cannot be read: No such", karlo.load_clip, tmp_path, kind=FileNotFoundError)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}')
+    refused(f"{tmp_path}/b cannot be read: No such", karlo.load_clip, tmp_path, kind=FileNotFoundError)
     locked = Mock(side_effect=PermissionError(13, "Permission denied"))        # root may read all
     monkeypatch.setattr(karlo, "read_pickle", locked)
     refused("/b cannot be read: Permission", karlo.load_clip, tmp_path, kind=PermissionError)
