@@ -122,6 +122,7 @@ def test_attention_is_where_it_was_asked_for_and_in_the_middle(attention, expect
     assert count == [2 * x for x in at] + [3 * x for x in reversed(at)] + [any(at)]
     with pytest.raises(ValueError, match="multiple of head_channels"):
         decoder.Attention(96, unet_config(head_channels=64))
+    assert decoder.Attention(32, unet_config(context_width=0)).context is None
 
 
 @pytest.mark.parametrize("t", [7, torch.tensor([3, 900])])
@@ -132,7 +133,8 @@ def test_a_unet_is_levels_inside_levels(t):
     mask, f = torch.tensor([[1, 0, 1, 1, 0]] * 2).bool(), [10000 ** (-k / 16) for k in range(16)]
     e = torch.tensor([[math.cos((i - 1) * w) for w in f] + [math.sin((i - 1) * w) for w in f]
                       for i in torch.as_tensor(t).expand(2).tolist()], dtype=torch.float64)
-    e = F.silu(unet.time(e) + emb)
+    first, _, second = unet.time
+    e = F.silu(second(F.silu(first(e))) + emb)
 
     def level(i, h, entered):
         down, up, outputs = unet.down[i], unet.up[2 - i], [entered]
@@ -287,9 +289,9 @@ def test_inversion_and_its_way_back(model, predicts):
     assert same(back, (x_T * along([*steps[::-1], 0])).clamp(-1, 1))
     fresh.config.T = 100
     assert fresh.ddim_timesteps(10)[::9] == [1, 99], "up to T - 0.3 %, at most T - 1"
-    a, b, c, d = (model.decode_latent(Z_I, X_T, TEXT, 5, eta, generator=seed(number))
-                  for eta, number in [(0.0, 1), (0.0, 2), (0.5, 1), (0.5, 2)])
-    assert torch.equal(a, b) and not same(c, d), "without eta x_T decides"
+    a, b, c, d, e = (model.decode_latent(Z_I, X_T, TEXT, 5, eta, generator=seed(number))
+                     for eta, number in [(0.0, 1), (0.0, 2), (0.5, 1), (0.5, 2), (0.5, 1)])
+    assert torch.equal(a, b) and torch.equal(c, e) and not same(c, d), "without eta x_T decides"
 
 
 def test_guided_ddim_clamps_x0_and_plain_ddim_does_not(model, monkeypatch):
@@ -353,11 +355,14 @@ def test_upsampling_is_ddim_stays_in_range_and_leaves_its_input_alone(upsampler)
     want = diffusion.sample(
         lambda x, t: upsampler(x, t, decoder.enlarge(low, 16)), upsampler.alphabar, torch.randn(
             2, 3, 16, 16, generator=first), [1, 334, 667, 1000], predicts="v", clamp=1.0, eta=0.0)
-    assert torch.equal(a, want)
+    upsampler.eta = None                                     # DDPM, as a subclass may have it
+    c, d = (upsampler.sample(low, 4, seed(1)) for _ in range(2))
+    assert torch.equal(a, want) and torch.equal(c, d) and not same(a, c)
     assert torch.equal(first.get_state(), g.get_state()), "eta = 0 draws x_T and nothing more"
     for steps, want in [(27, diffusion.glide27_timesteps(1000)), (20, list(range(1, 1000, 50))),
                         (15, list(range(1, 1000, 67))), (4, [1, 334, 667, 1000]), (1, [1000]),
-                        *((n, diffusion.spaced_timesteps(1000, n)) for n in (10, 999))]:
+                        *((n, diffusion.spaced_timesteps(1000, n)) for n in (10, 999)),
+                        (1000, list(range(1, 1001)))]:
         assert upsampler.timesteps(steps) == want, f"{steps} steps"
     upsampler.config.unet.mults = (1, 1, 1, 1)       # 4 * 5 pixels: 20, 10, 5, and no half of it
     for shape in ((1, 3, 16, 24), (1, 3, 5, 5)):
@@ -383,7 +388,7 @@ def test_training_crops_are_quarters_shrunk_and_half_of_them_blurred(upsampler):
     assert len({tuple(x.flatten().tolist()) for x in x0}) > 3, "every crop has its own window"
 
 
-def test_the_second_upsampler_trains_on_bsr_degradations(upsampler):
+def test_the_second_upsampler_trains_on_bsr_degradations(upsampler, monkeypatch):
     upsampler.config.unet.size, upsampler.config.degradation = 256, "bsr"
     high = F.interpolate(rand(2, 3, 8, 8), 256, mode="bicubic").clamp(-1, 1)
     x0, low = upsampler.prepare(high)
@@ -391,6 +396,10 @@ def test_the_second_upsampler_trains_on_bsr_degradations(upsampler):
     difference = (decoder.shrink(x0, 16) - low).abs().mean()
     assert 0.003 < difference < 0.3, f"{difference}: degraded, but the same window"
     assert not torch.equal(low, upsampler.prepare(high)[1]), "each batch its own degradation"
+    a, b = (upsampler.prepare(high)[1] for _ in range(2) if torch.manual_seed(7))
+    assert torch.equal(a, b), "torch's seed decides"
+    monkeypatch.setattr(decoder, "bsr_degrade", lambda x, rng: decoder.shrink(x[None], 64)[0] + 1)
+    assert same(upsampler.prepare(high, crops=0)[1], decoder.shrink(high, 64) + 1), "BSR, not blur"
 
 
 def test_every_sampler_names_its_bar_and_takes_the_papers_steps(model, upsampler, monkeypatch):
@@ -517,7 +526,8 @@ def test_a_random_blur_is_the_gaussian_of_its_draws(factor, draws, radius, angle
         dot[1, ..., 8 + y, 8 + x] = math.exp(-u ** 2 / (2 * along) - v ** 2 / (2 * across))
     assert same(decoder.random_blur(dot[0], factor, rng), dot[1] / dot[1, 0, 0].sum(), 1e-12), \
         "along and across are variances; of a round blur the std is drawn"
-    assert rng.asked[1] == (("integers", 5, 8) if angle == 0 else ("integers", 5, 15))
+    assert rng.asked == ([("random",), ("integers", 5, 8), ("random",)] if angle == 0 else
+                         [("random",), ("integers", 5, 15), ("random",), ("random", 2)])
 
 
 def test_random_resizes_are_without_antialias_and_the_kept_pixel_is_a_blocks_centre():
@@ -551,7 +561,8 @@ def test_noise_has_the_covariance_of_its_kind(level, kind, more):
     mix = 255 / 9 * noise[0].flatten(1)[:, :n]
     assert np.allclose(mix @ mix.T, want, atol=1e-3), "levels are stds; D holds variances"
     assert same(decoder.random_noise(edges, Script(*draws)), (edges + noise).clamp(0, 1)), "range"
-    assert rng.asked[0] == ("integers", 1, 3) and rng.asked[-1] == ("standard_normal", (n, 64))
+    asked = [("random", (3, 3)), ("random", 3)] if more else []
+    assert rng.asked == [("integers", 1, 3), ("random",), *asked, ("standard_normal", (n, 64))]
 
 
 def test_jpeg_is_what_a_file_of_that_quality_holds():

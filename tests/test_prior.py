@@ -292,7 +292,7 @@ def test_sampling_and_training_leave_their_inputs_alone(model, ar, text):
 
 # ---------------------------------------------------------------- autoregressive prior
 def test_principal_components_are_those_of_a_singular_value_decomposition():
-    z = embeddings(500)
+    z = rand(500, D) * 0.5 ** torch.arange(D) + 0.3                  # some D matter little
     mean, basis = prior.principal_components(z)
     rows = (z / z.norm(dim=1, keepdim=True)).double().numpy()
     _, s, directions = np.linalg.svd(rows - rows.mean(0))
@@ -342,6 +342,7 @@ def test_finer_codes_give_back_the_embedding_and_what_cannot_be_fitted_is_refuse
             below = model.edges[k, bucket - 1] if bucket else y[:, k].min()
             assert near(model.values[k, bucket], inside.mean() if len(inside) else below), \
                 "the mean of a bucket, of an empty one the cut below it"
+    fitted(D, 8, rand(40, D) * 0.1 ** torch.arange(D))               # all D, little as they vary
     with pytest.raises(ValueError, match="as buckets, 16, got 10"):
         fitted(4, 16, z[:10])
     with pytest.raises(ValueError, match="components as dimensions"):
