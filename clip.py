@@ -96,7 +96,8 @@ def clip_loss(image_emb, text_emb, scale, caption_ids=None):
 def zero_shot(model, images, tokens):
     """A classifier without training: how likely is each caption for each image?   Sec. 3.1
 
-    images (B, 3, S, S) in [-1, 1], tokens (N, L) -> probabilities (B, N), rows sum to 1.
+    images (B, 3, S, S) in [-1, 1], tokens (N, L) -> probabilities (B, N), rows sum to 1: a softmax
+    of model.scale() times the cosines of model.encode_image(.) and model.encode_text(.)[0].
     """
     z_i, z_t = unit(model.encode_image(images)), unit(model.encode_text(tokens)[0])
     return (model.scale() * z_i @ z_t.T).softmax(1)                       # (B, N)
@@ -164,7 +165,7 @@ class TextEncoder(nn.Module):
         self.ln_out = nn.LayerNorm(W)
         self.proj = nn.Parameter(torch.randn(W, c.embed_dim) * W ** -0.5)
 
-    def forward(self, tokens):                                     # (B, L)
+    def forward(self, tokens):        # (B, L) -> z_t (B, D), hidden states (B, L, W)
         x = self.tok(tokens) + self.pos[:tokens.shape[1]]          # (B, L, W)
         for block in self.blocks:
             x = block(x, causal=True)
@@ -192,8 +193,8 @@ def attend(q, k, v, heads, mask=None, causal=False):
 class Block(nn.Module):
     """A pre-LN Transformer block:  x = x + attention(LN(x)),  x = x + MLP(LN(x)).   Sec. 2.4
 
-    With context_width also cross-attention, as in GLIDE: `context` (B, S, context_width) is
-    projected to keys and values, which are concatenated before the block's own.
+    With context_width also cross-attention, as in GLIDE: `context` (B, S, context_width), projected
+    to keys and values, is put before the block's own. cache.append(k, v) -> those of all tokens.
     """
 
     def __init__(self, width, heads, layers, activation="gelu", context_width=0):
@@ -429,7 +430,7 @@ class Tokenizer:
         return len(self.tokens)
 
     def bpe(self, word):
-        """One word to its tokens: join the pair that was learned first, until none is left."""
+        """From the symbols of `spell(word)`, join the pair learned first, until none is left."""
         pieces = spell(word)
         while len(pieces) > 1:
             first = min(zip(pieces, pieces[1:]), key=lambda pair: self.rank.get(pair, math.inf))

@@ -73,7 +73,7 @@ class Decoder(nn.Module):
     def loss(self, x0, z_i, text, t=None):
         """x0 (B, 3, H, W) in [-1, 1] -> (B,).   Sec. 2.1; L_hybrid of IDDPM eq. 16
 
-        For classifier-free guidance z_i is dropped in 10 % of the rows, the caption in 50 %.
+        For classifier-free guidance z_i is null_image in 10 %, and text.drop(keep) drops 50 %.
         """
         keep_z = torch.rand(len(x0), 1, device=x0.device) >= 0.1
         keep_text = torch.rand(len(x0), device=x0.device) >= 0.5
@@ -456,7 +456,8 @@ def enlarge(low, size):
 def crop_pair(high, low, crop):
     """One random crop per example, the same in both images, drawn on the low-res grid.   App. C
 
-    high (B, 3, k h, k w), low (B, 3, h, w) -> (B, 3, crop, crop), (B, 3, crop / k, crop / k).
+    high (B, 3, k h, k w), low (B, 3, h, w) -> (B, 3, crop, crop), (B, 3, crop / k, crop / k), crop
+    a multiple of k that fits (ValueError).
     """
     h, w = low.shape[2:]
     k = max(1, high.shape[2] // h)

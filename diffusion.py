@@ -29,8 +29,8 @@ def loss(network, alphabar, x0, predicts="eps", t=None):
     """Train any diffusion model: x0 (B, ...) -> (B,).   DDPM algorithm 1, one pass of its loop
 
     network(x_t, t), t (B,) on x0's device, returns a prediction of x0's shape; or that and, as many
-    channels again, a variance, which learns from the variational bound: the hybrid loss
-    L_simple + 0.001 L_vlb (IDDPM eq. 16). Expect 1 from a network that predicts eps = 0.
+    channels again, a variance, `raw`: then L_simple + 0.001 L_vlb (the hybrid loss, IDDPM eq. 16),
+    at one t L_simple + T / 1000 vlb_loss(.., detached x0_hat, ..). Expect 1 from eps = 0.
     t: timesteps (B,) to train at, on the CPU; by default each of 1..T is equally likely.
     """
     T = len(alphabar) - 1
@@ -91,7 +91,7 @@ def sample(network, alphabar, x, timesteps, *, predicts="eps", clamp=None, varia
 
     timesteps  ascending, such as spaced_timesteps(T, 64); the last step goes from the first to 0
     clamp      of x0, to [-clamp, clamp]: 1 for pixels, None for embeddings (no range)
-    variance   of a DDPM step: "small", "large", "learned", or the table of measure_cov
+    variance   by `step_variance`: "small", "large", "learned", or the table of measure_cov
     eta        None: DDPM (ancestral sampling). A number: DDIM, from 0 (deterministic) to 1 (DDPM)
     generator  a torch.Generator, or a list of G: each draws B / G consecutive rows
     progress   the name of a progress bar
@@ -271,7 +271,7 @@ def ddim_step(alphabar, x_t, t, s, x0, eta=0.0, noise=None):
         x_s = sqrt(ab_s) x0 + sqrt(1 - ab_s - sig^2) eps + sig noise,      eps from x_t and this x0
         sig = eta sqrt((1 - ab_s) / (1 - ab_t)) sqrt(1 - ab_t / ab_s)
     eta from 0 (deterministic) to 1 (DDPM, small variance); noise (B, ...), or None if sig is 0.
-    ValueError for another eta, for noise that is missing, or unless 0 <= s < t (`two_timesteps`).
+    t, s int or (B,). ValueError for another eta, without noise, unless 0 <= s < t (two_timesteps).
     """
     ab_t, ab_s = two_timesteps(alphabar, t, s)
     if not 0 <= eta <= 1:
@@ -288,7 +288,7 @@ def ddim_step(alphabar, x_t, t, s, x0, eta=0.0, noise=None):
 def ddim_invert_step(alphabar, x_t, t, u, x0):
     """One step up, u > t >= 1, along the noise of x_t and x0: undoes `ddim_step`.   ADM app. F
 
-    ValueError unless u > t >= 1 (`two_timesteps`).
+    t, u int or (B,). ValueError unless u > t >= 1 (`two_timesteps`).
     """
     two_timesteps(alphabar, u, t, "u > t >= 1 (towards noise; a clean image may be x_1)", first=1)
     return q_sample(alphabar, x0, u, to_eps(alphabar, x0, x_t, t))

@@ -117,7 +117,7 @@ class DiffusionPrior(nn.Module):
         return text.null()
 
     def loss(self, z_i, text, t=None):
-        """z_i (B, D) -> (B,). 10 % of captions are dropped, tokens and z_t together.   Sec. 2.2"""
+        """z_i (B, D) -> (B,). text.drop(keep) drops tokens and z_t of 10 % (drop_rate). Sec. 2.2"""
         keep = torch.rand(len(z_i), device=z_i.device) >= self.drop_rate
         text = text.drop(keep)
         return diffusion.loss(lambda x_t, t: self(x_t, t, text), self.alphabar, self.scale(z_i),
@@ -229,7 +229,7 @@ class ARPrior(nn.Module):
         return self.out(self.ln_out(x)).float()
 
     def loss(self, z_i, text):
-        """z_i (B, D) -> (B,) nats, log(buckets) at first. 10 % of captions are dropped."""
+        """z_i (B, D) -> (B,) nats, log(buckets) at first. text.drop(keep) drops 10 %."""
         codes, dot = self.encode(z_i), self.dot_code(z_i, text.z_t)            # (B, K), (B,)
         keep = torch.rand(len(z_i), device=z_i.device) >= self.drop_rate
         logits = self(codes, dot, text.drop(keep)).transpose(1, 2)             # (B, buckets, K)

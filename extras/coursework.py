@@ -3,16 +3,16 @@
     python extras/coursework.py --list                        every exercise
     python extras/coursework.py --handout FOLDER --week 2     a repository without the answers
     python extras/coursework.py --stubs --week 2 > mine.py    only stubs: write their bodies
-    python extras/coursework.py --grade mine.py               points, and a hint for each function
-    python extras/coursework.py --grade mine.py --week 2 --json results.json
+    python extras/coursework.py --grade mine.py               points and hints; --json results.json
     python extras/coursework.py --scheme                      the marking scheme
 
-Stubs and hand-outs are cut from the chapters, so they cannot be out of step. The grader runs our
-tests in a copy of the repository from which the body of the graded function is gone: no answer is
-left that a student's file could call, read or keep.
+Stubs and hand-outs are cut from the chapters, so they cannot be out of step. The grader reads a
+file and refuses what no exercise needs. Then it runs our tests in a copy of the repository without
+the body of the graded function: no answer is left that a student's file could call, read or keep.
 """
 import argparse
 import ast
+import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -20,15 +20,15 @@ import importlib
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import re
 import secrets
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,16 +184,14 @@ def lay_out(folder, names, statement=your_turn):
         shutil.copytree(ROOT / name, folder / name, copy_function=shutil.copyfile)
     (folder / "tests/extras").mkdir()
     helpers = [path for path in (ROOT / "tests/extras").glob("*.py") if path.name[:5] != "test_"]
-    for path in [*(ROOT / "tests").glob("*.py"), *helpers, ROOT / "pytest.ini"]:
+    files = [ROOT / name for name in ("pytest.ini", "requirements.txt", "LICENSE")]
+    for path in [*(ROOT / "tests").glob("*.py"), *helpers, *files]:
         shutil.copyfile(path, folder / path.relative_to(ROOT))
     for chapter in CHAPTERS:
         (folder / f"{chapter}.py").write_text(without(chapter, names, statement), encoding="utf-8")
 
 
 LATER = '''
-
-# ---------------------------------------------------------------- only in this hand-out
-
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
@@ -214,8 +212,6 @@ def hand_out(folder, week):
     lay_out(folder, [name for _, *names in WEEKS[week - 1:] for name in names])
     with open(folder / "tests/conftest.py", "a", encoding="utf-8") as file:
         file.write(LATER.format(later=[*range(week + 1, len(WEEKS) + 1)]))
-    for name in ("requirements.txt", "LICENSE"):
-        shutil.copyfile(ROOT / name, folder / name)
     (folder / "README.md").write_text(hand_out_page(week), encoding="utf-8")
 
 
@@ -229,8 +225,8 @@ def hand_out_page(week):
 unCLIP (the system behind DALL-E 2) in six files that one can read: `diffusion.py`, `clip.py`,
 `prior.py`, `decoder.py`, `unclip.py`, `train_toy.py`. The bodies of this week's functions are yours
 to write, in {files}.
-Each docstring says what goes in, what comes out and where a paper defines it.
-Functions of later weeks are missing, too; tests that need them are skipped.
+Each docstring says what goes in, what comes out and where a paper defines it. Functions of later
+weeks are missing, too; tests that need them are skipped.
 
     pip install -r requirements.txt
     pytest {tests} -m "not slow" --tb=line -k NAME      # the tests with NAME in theirs
@@ -270,8 +266,8 @@ def scheme():
 - A function's tests are the quick tests of its chapter that call it. Its points are the share of
   them that it passes, rounded down to a tenth. It replaces ours alone, so no gap elsewhere costs
   anything. Whether it also works with the student's other functions is shown, and costs nothing.
-- A function that ends Python, never ends, starts processes, prints without end, or replaces
-  anything of the grader, pytest, torch or Python gets no points. Nor does one that only raises.
+- A function that ends Python, never ends, prints without end or uses what no exercise needs (as
+  other modules, `open`, `getattr`) gets no points. Nor does one that only raises.
 - To mark: `python extras/coursework.py --grade FILE... --week N --json results.json`
   ({WHAT_IT_IS_NOT})."""]
     parts += [f"## Week {week}: {title}\n\n{marks(names)}"
@@ -286,11 +282,6 @@ def home(name):
     """"clip.Block.forward" -> (clip.Block, "forward"); "clip.unit" -> (the module clip, "unit")."""
     chapter, *path, attribute = name.split(".")
     return functools.reduce(getattr, path, importlib.import_module(chapter)), attribute
-
-
-def ours(name):
-    owner, attribute = home(name)
-    return vars(owner)[attribute]
 
 
 @contextlib.contextmanager
@@ -321,25 +312,26 @@ def swapped(impl):
 # ---------------------------------------------------------------- one run of our tests
 
 STUDENTS = "the_students_file"
-FORBIDDEN = ("os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.system", "os.kill",
-             "os.killpg")
+LIMIT = 5                                    # seconds of the processor for one test
+FORBIDDEN = re.compile(r"os\.(fork|exec|posix_spawn|system|kill)|subprocess|ctypes|"
+                       r"sys\.set|gc\.|open .*[wax+]")
 
 
 class Trial:
     """A pytest plugin: the quick tests, with other functions in place of ours.
 
     load     called when the tests are collected -> {name: function}
-    tests    the ids of the tests to run; None: all quick ones
+    tests    the ids or the names of the tests to run; None: all quick ones
     file     the student's file, whose lines an error names
     enough   hint -> True if the run may stop
     After the run: results {test: None, or a sentence on what went wrong}, calls and answered {test:
-    the functions that it called, and those that returned}, seconds {test: s}, offences [sentence].
+    the functions that it called, and those that returned}, offences [sentence].
     """
 
     def __init__(self, load, tests=None, file="", enough=lambda hint: False):
         self.load, self.tests, self.file, self.enough = load, tests, str(file), enough
-        self.results, self.calls, self.answered, self.seconds, self.offences = {}, {}, {}, {}, []
-        self.depth, self.now = 0, ""         # depth > 0: code of the file is running
+        self.results, self.calls, self.answered, self.offences = {}, {}, {}, []
+        self.depth, self.now, self.started = 0, "", 0.0    # depth > 0: code of the file is running
 
     def run(self, *paths):
         pytest.main(["-s", "-W", "ignore", "-p", "no:terminal", "-p", "no:cacheprovider", "-c",
@@ -347,14 +339,14 @@ class Trial:
         return self
 
     def pytest_collection_modifyitems(self, items):
-        items[:] = [item for item in items if (self.tests is None or item.nodeid in self.tests)
+        items[:] = [item for item in items
+                    if (self.tests is None or {item.nodeid, item.originalname} & {*self.tests})
                     and not any(map(item.get_closest_marker, ("slow", "long")))]
 
     def pytest_runtestloop(self, session):
-        raises, before = pytest.raises, fingerprint()
-        self.depth = 1
+        raises, self.depth = pytest.raises, 1
         impl = {name: self.guarded(name, function) for name, function in self.load().items()}
-        self.offences += replaced(before)
+        self.depth = 0
 
         # an error's type is tested, not its wording
         with swapped(impl), pytest.MonkeyPatch.context() as patch:
@@ -362,19 +354,19 @@ class Trial:
             for item, following in zip(session.items, [*session.items[1:], None]):
                 if self.offences or self.enough(self.results.get(self.now) or ""):
                     break
-                self.now, self.depth, self.seconds[item.nodeid] = item.nodeid, 0, 0.0
+                self.now, self.depth, self.started = item.nodeid, 0, time.process_time()
                 self.calls[self.now], self.answered[self.now] = set(), set()
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-        self.offences += replaced(before)
         return True
 
     def pytest_internalerror(self, excinfo):
         self.offences.append(f"{excinfo.typename}: {excinfo.value}")
 
+    pytest_keyboard_interrupt = pytest_internalerror
+
     def pytest_runtest_makereport(self, item, call):
         """In place of pytest's report: a sentence, no traceback."""
         test, hint = item.nodeid, self.sentence(item, call.excinfo) if call.excinfo else None
-        self.seconds[test] += call.duration
         if hint or call.when == "call":
             self.results[test] = self.results.get(test) or hint
         return pytest.TestReport(test, item.location, {}, "failed" if hint else "passed", hint,
@@ -388,9 +380,10 @@ class Trial:
 
         @functools.wraps(function)
         def guarded(*args, **options):
-            given = [x for x in (*args, *options.values())
-                     if torch.is_tensor(x) and not x.is_inference()]
-            versions = [x._version for x in given]
+            given = [x for x in (*args, *options.values()) if torch.is_tensor(x) and not x.is_meta]
+            modules = [x for x in args if self.file and isinstance(x, torch.nn.Module)]
+            given += [w for module in modules for w in module.parameters() if not w.is_meta]
+            before = [x.detach().clone() for x in given]
             self.calls[self.now].add(name)
             self.depth += 1
             try:
@@ -398,11 +391,11 @@ class Trial:
             finally:
                 self.depth -= 1
 
-            if [x._version for x in given] != versions:
+            if not all(((x == y) | (x != x)).all() for x, y in zip(given, before)):
                 pytest.fail("it changes an argument; work on a copy (x = x * 2, not x *= 2)")
-            for kind in map(type, answer if isinstance(answer, tuple) else [answer]):
-                if not genuine(kind):
-                    pytest.fail(f"it returns an object of its own class, {kind.__name__}")
+            for x in answer if isinstance(answer, tuple) else [answer]:
+                if type(x).__module__ == STUDENTS:
+                    pytest.fail(f"it returns an object of its own class, {type(x).__name__}")
             self.answered[self.now].add(name)
             return answer
         return guarded
@@ -429,88 +422,126 @@ def line_of(stack, file):
     return f" in line {lines[-1]} of {Path(file).name}" if lines else ""
 
 
-def genuine(kind):
-    """Is this type Python's, torch's or ours, and not one of a student's file?"""
-    if not kind.__flags__ & 1 << 9:          # built in
-        return True
-    module = sys.modules.get(kind.__module__)
-    return getattr(module, kind.__qualname__, None) is kind and module.__name__ != STUDENTS
+# ---------------------------------------------------------------- reading a file, and running it
+
+IMPORTS = {*"""__future__ math itertools collections typing re random unicodedata numpy torch
+           tqdm""".split(), *CHAPTERS}
+REFUSED = {*sys.stdlib_module_names, *"""* ForwardRef Image Path breakpoint compile dataclass
+           delattr distributed eval exec export from_file fx get_type_hints getattr gi_frame globals
+           hub jit library load locals onnx open ops overrides save serialization setattr testing
+           utils vars""".split()}
+REFUSED -= {*IMPORTS, *"chunk code copy queue select signal string test time token".split()}
 
 
-WATCHED = re.compile(r"(__main__|builtins|os|math|torch|torch\.testing|torch\.nn\.functional|"
-                     r"pytest|_pytest\.(runner|python|raises|python_api|reports|outcomes)|"
-                     rf"conftest|test_.*|{'|'.join(CHAPTERS)})$")
+def pieces(tree):
+    """(name, node) of the statements of a file, those of a class one by one."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            for part in (*node.bases, *node.keywords, *node.decorator_list, *node.body):
+                yield f"{node.name}.{getattr(part, 'name', '')}", part
+        else:
+            yield getattr(node, "name", ""), node
 
 
-def fingerprint():
-    """{where: what} of all that decides on a result; a file that replaces any gets nothing."""
-    found = {}
-    for name in filter(WATCHED.match, list(sys.modules)):
-        for key, value in vars(sys.modules[name]).copy().items():
-            mine = isinstance(value, type) and value.__module__ == name
-            methods = [(f"{key}.{k}", method) for k, method in vars(value).items()] if mine else []
-            for where, what in [(key, value), *methods]:
-                if callable(what):
-                    found[f"{name}.{where}"] = what
-                    found[f"the code of {name}.{where}"] = getattr(what, "__code__", None)
-    return found
+@functools.cache
+def our_lines():
+    return {ast.dump(node) for chapter in CHAPTERS for _, node in pieces(parsed(chapter)[1])}
 
 
-def replaced(before):
-    """What is no longer as it was, a list of at most one sentence; torch may wrap its own."""
-    after = fingerprint()
-    for key, value in before.items():
-        code = getattr(after.get(key), "__code__", after.get(key))
-        written = getattr(code, "co_filename", "").replace(os.sep, "/")
-        if after.get(key) is not value and "/torch/" not in written:
-            return [f"it replaces {key}"]
-    return []
+def with_only(path, names):
+    """A file's text with only these of its exercises; of a hand-out's file also only what is not
+    ours to the letter. What stays keeps its line numbers."""
+    text = path.read_text(encoding="utf-8")
+    lines, others = text.splitlines(), {name.split(".", 1)[1] for name in {*EXERCISES} - {*names}}
+    for key, node in pieces(ast.parse(text)):
+        ours = path.stem in CHAPTERS and ast.dump(node) in our_lines()
+        asked = key in {name.split(".", 1)[1] for name in names}
+        if isinstance(node, ast.stmt) and not asked and (ours or key in others):
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+            gap = [" " * node.col_offset + "pass", *[""] * (node.end_lineno - first)]
+            lines[first - 1:node.end_lineno] = gap
+    return "\n".join([*lines, ""])
 
 
-# ---------------------------------------------------------------- the process of one run
+def refused(text, file):
+    """What no exercise needs and a file uses all the same: a sentence, or None."""
+    nodes = (node for _, piece in pieces(ast.parse(text)) if ast.dump(piece) not in our_lines()
+             for node in ast.walk(piece))
+    return next((f"{word} in line {node.lineno} of {file}: refused, as no exercise needs it; there "
+                 f"are {', '.join(sorted(IMPORTS))}" for node in nodes
+                 if (word := refused_word(node))), None)
 
 
-def child():
-    """One trial: the job comes from stdin, the verdict goes to a file."""
-    job = json.loads(sys.stdin.readline())
-    verdict, file, limit = Path(job.pop("verdict")), job["file"], job["limit"]
+def refused_word(node):
+    """The word of a syntax tree's node that is refused, or ""."""
+    mine = isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "self"
+    if isinstance(node, ast.Attribute):      # only KVCache.append sets attributes
+        kept = isinstance(node.ctx, ast.Load) or mine and node.attr in ("k", "v", "length")
+        if not kept or node.attr.startswith("_") and not mine:
+            return ast.unparse(node)
+
+    # modules; variables, attributes and what is defined; `match` reads attributes, type makes one
+    paths = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    paths += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
+    foreign = [path for path in paths if path.split(".")[0] not in IMPORTS]
+    paths += ["__match__"] if isinstance(node, ast.Match) else []
+    paths += ["__type__"] if getattr(node, "id", "") == "type" else []
+    paths += [getattr(node, kind, None) or "" for kind in ("id", "attr", "name")]
+    return next((word for word in [*foreign, *".".join(paths).split(".")] if word in foreign
+                 or word in REFUSED and not mine
+                 or word[:2] == "__" and word not in ("__init__", "__name__", "__future__")), "")
+
+
+def child(folder, file, names, tests, verdict):
+    """One trial in a copy of the repository: the verdict goes to a file, prints go nowhere."""
+    global ROOT
+    ROOT, file = folder, folder / "extras" / file
+    sys.path[:] = [path for path in sys.path if not Path(path, "diffusion.py").exists()]
+    sys.dont_write_bytecode = True
+    os.environ.update(CUDA_VISIBLE_DEVICES="", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
+                      PYTEST_ADDOPTS="")
+    os.chdir(ROOT)
+    if hasattr(os, "fork"):                  # locks, as tqdm's, that leave nothing behind
+        multiprocessing.set_start_method("fork", force=True)
+    for stream in range(3):
+        os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+    import torch
+    torch.set_num_threads(1)
 
     def finish():
-        said = {key: vars(trial)[key]
-                for key in ("results", "calls", "answered", "seconds", "offences")}
+        said = {key: vars(trial)[key] for key in ("results", "calls", "answered", "offences")}
         verdict.write_text(json.dumps(said, default=sorted))
         os._exit(0)                          # nothing of the student's runs after this
 
-    def too_long():
+    def watch_the_clock():
+        while time.process_time() - trial.started < LIMIT:
+            time.sleep(0.05)
         stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
-        trial.offences = [f"still running after {limit:.0f} seconds{line_of(stack, file)}: "
-                          "an endless loop?"]
+        trial.offences = [f"it takes far longer than ours{line_of(stack, file)}: an endless loop?"]
         finish()
 
     def load():
-        timer = threading.Timer(limit, too_long)
-        timer.daemon = True
-        timer.start()
-        if not file:                         # only note which test calls which function
-            return {name: ours(name) for name in EXERCISES if name.split(".")[0] in sys.modules}
+        trial.started = time.process_time()
+        threading.Thread(target=watch_the_clock, daemon=True).start()
         try:
-            return read_functions(Path(file), job["names"])
+            return read_functions(file, names)
         except BaseException as error:
             where = line_of(traceback.extract_tb(error.__traceback__), file)
             trial.offences += [f"it cannot be loaded: {type(error).__name__}{where}: {error}"]
             return {}
 
     def watch(event, args):
-        if event in FORBIDDEN and trial.depth:
-            trial.offences.append("it starts or stops processes")
-            raise RuntimeError("a function must not start or stop processes")
+        student = trial.depth and threading.current_thread() is threading.main_thread()
+        if student and FORBIDDEN.match(f"open {args[1]}" if event == "open" else event):
+            trial.offences.append(f"it does what no exercise needs: {event}")
+            raise RuntimeError(trial.offences[-1])
 
-    trial = Trial(load, job["tests"], file)
+    trial = Trial(load, tests, file)
     sys.addaudithook(watch)
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource                      # what is printed into a variable has an end, too
         resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
-    trial.run(*(path for chapter in job["chapters"] for path in test_files(chapter)))
+    trial.run(*(path for chapter in chapters_of(names) for path in test_files(chapter)))
     finish()
 
 
@@ -518,57 +549,43 @@ def read_functions(path, names):
     """Run a student's file -> {name: function} for these names."""
     spec = importlib.util.spec_from_file_location(STUDENTS, path)
     module = sys.modules[STUDENTS] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = {}
-    for name in names:
-        _, *owner, attribute = name.split(".")
-        found[name] = vars(functools.reduce(getattr, owner, module))[attribute]
 
-    # its other exercises and its classes are ours again, so that a gap in one costs no other
-    for name in set(written(path)) - set(names):
-        chapter, key, *_ = name.split(".")
-        setattr(module, key, getattr(importlib.import_module(chapter), key))
+    # all else of its chapters is ours, also their classes, so that a gap in one costs no other
+    ours = {key: value for chapter in chapters_of(names)
+            for key, value in vars(importlib.import_module(chapter)).items() if key[:2] != "__"}
+    vars(module).update(ours)
+    spec.loader.exec_module(module)
+    found = {name: vars(functools.reduce(getattr, name.split(".")[1:-1], module))[
+        name.split(".")[-1]] for name in names}
+    vars(module).update({key: kind for key, kind in ours.items() if isinstance(kind, type)})
     return found
 
 
-def examine(chapters, tests=None, path=None, names=()):
+def examine(tests, text, file, names, patience=100):
     """One trial in a process of its own, in a copy without the bodies of these functions.
 
+    The process is a fork of one that has imported torch and no chapter (on Windows a new one).
     -> what a Trial has after its run, as a dict; only its "offences" if it did not end well.
-    Note: it may take four times as long as with our functions, and 7 seconds.
     """
-    limit = 7 + 4 * sum(recorded(chapter)["seconds"].get(test, 0) for chapter in chapters
-                        for test in tests) if path else 120
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+    if hasattr(os, "fork"):
+        context.set_forkserver_preload(["torch", "numpy", "pytest"])
     with tempfile.TemporaryDirectory(prefix="coursework-") as folder:
         folder = Path(folder).resolve()
         lay_out(folder, names, not_yours)
         (folder / "extras").mkdir()
-        script = shutil.copy(__file__, folder / "extras")
-        file = path and str(shutil.copy(path, folder / "extras"))
+        (folder / "extras" / file).write_text(text, encoding="utf-8")
         verdict = folder / secrets.token_hex()           # a name that no student's file can know
-        job = {"verdict": str(verdict), "file": file, "names": names, "chapters": chapters,
-               "tests": tests, "limit": limit}
-
-        # what it prints goes nowhere; in the end it is killed with whatever it left running
-        process = subprocess.Popen([sys.executable, script, "child"], cwd=folder, env=env,
-                                   text=True, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                   stderr=path and subprocess.DEVNULL, start_new_session=True)
-        try:
-            process.communicate(json.dumps(job), limit + 10)
-            end = f"it ended Python itself (exit status {process.returncode})"
-        except subprocess.TimeoutExpired:
-            end = f"still running after {limit + 10:.0f} seconds: an endless loop?"
-        finally:
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
-            process.wait()
-        try:
+        process = context.Process(target=child, args=(folder, file, names, tests, verdict))
+        process.start()
+        process.join(patience)
+        end = (f"it ended Python itself (exit status {process.exitcode})" if not process.is_alive()
+               else f"no end after {patience} seconds")
+        process.kill()
+        process.join()
+        with contextlib.suppress(OSError, ValueError):
             return json.loads(verdict.read_text())
-        except (OSError, ValueError):
-            return {"offences": [end]}
+        return {"offences": [end]}
 
 
 # ---------------------------------------------------------------- grading
@@ -610,7 +627,6 @@ def grade(paths, week=None, results=None):
     rows = {name: Row(name) for name in asked if week or name in where}
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        list(pool.map(recorded, chapters_of(where)))
         list(pool.map(lambda name: alone(rows[name], where[name]), where))
     for path in {*where.values()}:
         together([row for row in rows.values() if where.get(row.name) == path and row.passed], path)
@@ -618,33 +634,51 @@ def grade(paths, week=None, results=None):
     return [*rows.values()]
 
 
+IMPLICIT = ("__init__", "__call__", "forward")          # whose object is made, they may be called
+
+
 @functools.cache
-def recorded(chapter):
-    """The verdict on our own functions: which test calls which function, and how long it takes."""
-    verdict = examine([chapter])
-    if verdict["offences"]:
-        raise ValueError(f"expected the tests of {chapter}.py to run; {verdict['offences'][0]}")
-    return verdict
+def mentions(chapter):
+    """{name: the names in its body}, of all that a chapter and its tests define."""
+    found = collections.defaultdict(set)
+    texts = [path.read_text(encoding="utf-8") for path in test_files(chapter)]
+    for tree in [parsed(chapter)[1], *map(ast.parse, texts)]:
+        for key, node in pieces(tree):
+            key = key or getattr(getattr(node, "targets", [0])[0], "id", "")      # or a table
+            found[key.split(".")[0]] |= {f"{key.split('.')[0]}.{name}" for name in IMPLICIT}
+            found[short(key)] |= {getattr(n, kind) for n in ast.walk(node)
+                                  for kind in ("id", "attr", "arg", "value")
+                                  if isinstance(getattr(n, kind, None), str)
+                                  and getattr(getattr(n, "value", 0), "id", "") != "F"}
+    return found
+
+
+def short(key):
+    return key if key.endswith(IMPLICIT) else key.split(".")[-1]
 
 
 def tests_of(name):
-    """The tests that grade a function, those that call few other functions first."""
-    known = recorded(name.split(".")[0])
-    tests = [test for test, called in known["calls"].items()
-             if name in called and known["results"].get(test, "no result") is None]
-    return sorted(tests, key=lambda test: (len(known["calls"][test]), test))
+    """The names of the tests that may call a function, not only by a command; the direct first."""
+    chapter, key = name.split(".", 1)
+    found, reach = mentions(chapter), [short(key)]
+    for step in reach:                       # grows while it runs
+        reach += [who for who in found if step in found[who] and who not in (*reach, "main")]
+    return [test for test in reach if test.startswith("test_")]
 
 
 def alone(row, path):
     """Grade one function, all others being ours: fill its row."""
-    tests = tests_of(row.name)
-    verdict = examine(chapters_of([row.name]), tests, path, [row.name])
-    row.tests = len(tests)
-    if verdict["offences"]:
-        row.hint = verdict["offences"][0]
+    order, text = tests_of(row.name), with_only(path, [row.name])
+    row.hint = refused(text, path.name)
+    verdict = {} if row.hint else examine(order, text, path.name, [row.name])
+    row.hint = row.hint or next(iter(verdict["offences"]), None)
+    if row.hint:
         return
+    tests = [test for test, called in verdict["calls"].items() if row.name in called]
+    tests.sort(key=lambda test: order.index(re.split(r"::|\[", test)[1]))
     hints = {test: verdict["results"].get(test, "not run") for test in tests}
     passed = [test for test in tests if hints[test] is None]
+    row.tests = len(tests)
     row.hint = next(filter(None, hints.values()), "all is well" if passed else "no test calls it")
 
     # whoever only raises errors raises the right ones by chance
@@ -658,7 +692,7 @@ def together(rows, path):
     if len(rows) > 1:
         names = [row.name for row in rows]
         tests = sorted({test for row in rows for test in row.passed})
-        results = examine(chapters_of(names), tests, path, names).get("results", {})
+        results = examine(tests, with_only(path, names), path.name, names).get("results", {})
         for row in rows:
             bad = [test for test in row.passed if results.get(test, "not run") is not None]
             row.together = "no" if bad else "yes"
@@ -731,4 +765,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(child() if sys.argv[1:] == ["child"] else main())
+    sys.exit(main())

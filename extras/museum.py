@@ -11,7 +11,6 @@ named, the mistake was theirs, the line is ours.
 """
 import argparse
 import contextlib
-import functools
 import io
 import sys
 import textwrap
@@ -53,30 +52,13 @@ def broken(bug):
     return vars(made["Method"])[node.name] if node.col_offset else made[node.name]
 
 
-@functools.cache
-def recorded(chapter):
-    """One run of a chapter's quick tests: which of them call which function of the museum."""
-    names = {bug.function for bug in BUGS.values() if bug.function.split(".")[0] == chapter}
-    trial = coursework.Trial(lambda: {name: coursework.ours(name) for name in names})
-    return quietly(trial, chapter)
-
-
-def quietly(trial, chapter):
-    """Run a chapter's quick tests; what they print is thrown away."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return trial.run(*coursework.test_files(chapter))
-
-
 def examine(name):
     """The chapter's quick tests on a bug, until a message names it -> [(test, message)]."""
-    bug, chapter = BUGS[name], BUGS[name].function.split(".")[0]
-    known = recorded(chapter)
-    tests = [test for test, hint in known.results.items()
-             if hint is None and bug.function in known.calls[test]]
-    tests.sort(key=lambda test: len(known.calls[test]))
-    trial = coursework.Trial(lambda: {bug.function: broken(bug)}, tests,
+    bug = BUGS[name]
+    trial = coursework.Trial(lambda: {bug.function: broken(bug)}, coursework.tests_of(bug.function),
                              enough=lambda message: bug.says in message)
-    quietly(trial, chapter)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        trial.run(*coursework.test_files(bug.function.split(".")[0]))
     return [(test, message) for test, message in trial.results.items() if message]
 
 

@@ -57,7 +57,6 @@ SLIPS = {
     "cond -= uncond; return uncond + scale * cond": "it changes an argument",
     "return cond + scale * (cond - uncond)": "Ho & Salimans",
     "raise NotImplementedError": "not written yet",
-    "return uncond + scale": ".",
 }
 
 
@@ -90,7 +89,6 @@ def test_a_gap_costs_only_its_own_points(tmp_path):
     assert len(rows) == 5 and all(r["score"] == r["max_score"] for r in rows.values()), rows
 
 
-@pytest.mark.long
 def test_every_exercise_has_tests():
     alone = [name for name in coursework.EXERCISES if not coursework.tests_of(name)]
     assert not alone, f"no quick test of its chapter calls {alone}"
@@ -99,57 +97,56 @@ def test_every_exercise_has_tests():
 # ---------------------------------------------------------------- and not fooled
 
 BODY = "\ndef q_posterior(alphabar, x0, x_t, t, s):\n    "
-YES = """
-class Yes:
-    def __getattr__(self, name): return self
-    def __call__(self, *args): return self
-    def __bool__(self): return True
-    __lt__ = __gt__ = __le__ = __ge__ = __eq__ = lambda self, other: True
-    __sub__ = __rsub__ = __add__ = __mul__ = __getitem__ = lambda self, other: self
-    __abs__ = lambda self: self
-"""
-FORGED = """
-import os
-with open("verdict.json", "w") as file:
-    file.write('{"secret": "", "offences": [], "results": {}, "answered": {}}')
-os._exit(0)
-"""
-
+END, FAKE = BODY + "return 1, 1", "lambda *a, **k: True"
+TOP = "import torch, numpy, typing\nimport diffusion\n"
 TRICKS = {                                   # name: (the file, what the hint says)
-    "the answer is captured": ("import diffusion\n_ours = diffusion.q_posterior" + BODY
+    "the answer is kept": (TOP + "_ours = diffusion.q_posterior" + BODY
                                + "return _ours(alphabar, x0, x_t, t, s)", "it calls our function"),
-    "the report hook is replaced": ("import __main__\n__main__.Trial.sentence = lambda *_: None"
-                                    + BODY + "return 1", "it replaces __main__.Trial"),
-    "Python ends at the top": ("import os\nos._exit(0)" + BODY + "pass", "it ended Python itself"),
-    "sys.exit at the top": ("import sys\nsys.exit(0)" + BODY + "pass",
-                            "cannot be loaded: SystemExit in line 2"),
-    "Python ends in the body": (BODY + "import os; os._exit(0)", "it ended Python itself"),
+    "the report hook is replaced": (f"import __main__\n__main__.Trial.sentence = {FAKE}" + END,
+                                    "__main__ in line 1"),
+    "Python ends at the top": ("import os\nos._exit(0)" + END, "os._exit in line 2"),
+    "sys.exit at the top": ("raise SystemExit" + END, "cannot be loaded: SystemExit in line 1"),
+    "Python ends in the body": (BODY + "import os; os._exit(0)", "os in line 3"),
     "SystemExit in the body": (BODY + "raise SystemExit(0)", "SystemExit in line 3 of mine.py"),
     "an endless loop": (BODY + "while True: pass", "line 3 of mine.py: an endless loop"),
-    "an endless loop at the top": ("while True: pass" + BODY + "pass", "line 1 of mine.py: an end"),
-    "a fork": ("import os" + BODY + "os.fork() or os._exit(0)", "it starts or stops processes"),
-    "printing without end": (BODY + "while True: print('*' * 1000)",
-                             "line 3 of mine.py: an endless loop"),
+    "an endless loop at the top": ("while True: pass" + END, "line 1 of mine.py: an endless"),
+    "a fork": (BODY + "diffusion.math.os.fork()", "os in line 3"),
+    "printing without end": (BODY + "while True: print('*' * 1000)", "line 3 of mine.py: an end"),
     # and some that issue 22 does not name
-    "an object that agrees to all": (YES + BODY + "return Yes(), Yes()", "of its own class"),
+    "an object that agrees": ("class Yes:\n    __abs__ = lambda self: 0" + END, "__abs__ in"),
+    "a tensor that agrees": (TOP + "class Yes(torch.Tensor): pass" + BODY + "return Yes(1), 1",
+                             "of its own class"),
     "errors alone": (BODY + "raise ValueError('expected s < t')", "ValueError in line 3"),
-    "a test that is skipped": ("import pytest" + BODY + "pytest.skip('later')", "later"),
-    "torch finds all equal": ("import torch" + BODY + "torch.allclose = lambda *a, **k: True",
-                              "it replaces torch.allclose"),
-    "the source is read": ("import diffusion\nspace = {}\nexec(open(diffusion.__file__).read(), "
-                           "space)" + BODY + "return space['q_posterior'](alphabar, x0, x_t, t, s)",
-                           "it calls our function"),
-    "a verdict is forged": (FORGED + BODY + "pass", "it ended Python itself"),
-    "the tests are rewritten": ("from pathlib import Path\nfor path in Path('tests').glob('*.py'):"
-                                "\n    path.write_text('def test_all(): pass')" + BODY + "return 1",
-                                "."),
-    "the run is ended": ("import pytest" + BODY + "pytest.exit('all is well', 0)", "not run"),
-    "the grader is killed": ("import os" + BODY + "os.kill(os.getppid(), 9)", "stops processes"),
+    "a test that is skipped": (BODY + "import pytest; pytest.skip('later')", "pytest in line 3"),
+    "the run is ended": (BODY + "raise KeyboardInterrupt", "KeyboardInterrupt"),
+    "torch finds all equal": (TOP + f"torch.equal = {FAKE}" + END, "torch.equal in line 3"),
+    "... as a method": (TOP + f"class A:\n    def f(self): self.allclose = {FAKE}\nA.f(torch)"
+                        + END, "self.allclose in line 4"),
+    "pytest.approx": ("from _pytest import python_api as p\np.approx = 1" + END, "_pytest in"),
+    "numpy's": (TOP + f"setattr(numpy, 'allclose', {FAKE})" + END, "setattr in line 3"),
+    "a module's names": (TOP + f"vars(torch)['equal'] = {FAKE}" + END, "vars in line 3"),
+    "sys.modules": ("import sys\ns = sys\ns.modules['pytest'] = 1" + END, "sys in line 2"),
+    "sys.settrace": (TOP + "torch.sys.settrace(print)" + END, "sys in line 3"),
+    "atexit": ("from torch import os\nos.register_at_fork()" + END, "os in line 1"),
+    "a thread": ("import threading" + END, "threading in line 1"),
+    "the frames above": (BODY + "try: 1 / 0\n    except Exception as e: e.__traceback__",
+                         "e.__traceback__ in line 4"),
+    "a generator's frame": (BODY + "g = (g.gi_frame for _ in [1]); next(g)", "gi_frame in line 3"),
+    "the source is read": (TOP + "exec(open(diffusion.__file__).read())" + END, "in line 3"),
+    "inspect": (BODY + "import inspect; inspect.getsource(q_posterior)", "inspect in line 3"),
+    "an annotation": (TOP + "typing.get_type_hints(1)" + END, "get_type_hints in line 3"),
+    "match": (BODY + "match x0:\n        case object(__class__=c): pass", "__match__ in line 3"),
+    "a file is written": (TOP + "numpy.ones(1).tofile('tests/test_diffusion.py')" + END,
+                          "no exercise needs: open"),
+    "the arguments are zeros": (BODY + "for a in (x0, x_t): a.data.zero_()\n    return x0, 0",
+                                "it changes an argument"),
+    "in another exercise": ("def guide(u, c, s):\n    import os; os._exit(0)\ng = guide" + BODY
+                            + "g(x0, x_t, 1)", "."),
 }
 
 
-@pytest.mark.parametrize("trick", some_long(TRICKS, ["the answer is captured",
-                                             "the report hook is replaced"]))
+@pytest.mark.parametrize("trick", some_long(TRICKS, [name for name, (_, hint) in TRICKS.items()
+                                             if re.search(" in line .$", hint)]))
 def test_no_trick_scores_a_point(trick, tmp_path, capsys):
     text, hint = TRICKS[trick]
     status, rows = grade(tmp_path, text)
@@ -159,16 +156,8 @@ def test_no_trick_scores_a_point(trick, tmp_path, capsys):
     assert "diffusion.q_posterior" in said and "Traceback" not in said, said
 
 
-@pytest.mark.long
-def test_a_trick_costs_only_its_own_points(tmp_path):
-    trick = "\ndef guide(uncond, cond, scale):\n    import os; os._exit(0)\n"
-    status, rows = grade(tmp_path, RIGHT + trick)
-    assert status == 1 and rows["diffusion.guide"]["score"] == 0
-    assert rows["diffusion.q_posterior"]["score"] == 10
-
-
 def test_zeros_are_written_before_anything_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(coursework, "recorded", lambda chapter: 1 / 0)
+    monkeypatch.setattr(coursework, "alone", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         grade(tmp_path, RIGHT, "--week", "1")
     tests = json.loads((tmp_path / "results.json").read_text())["tests"]
@@ -243,14 +232,6 @@ def test_five_weeks_a_list_and_a_scheme(capsys):
     said = capsys.readouterr().out
     assert all(f"`{name}`" in said for name in coursework.EXERCISES)
     assert said.count("| **total** |") == 10
-
-
-def test_a_swap_reaches_every_place_that_holds_our_function():
-    import diffusion
-    ours, new = diffusion.cosine_alphabar, lambda *_: None
-    with coursework.swapped({"diffusion.cosine_alphabar": new}):
-        assert diffusion.cosine_alphabar is new is diffusion.SCHEDULES["cosine"]
-    assert diffusion.SCHEDULES["cosine"] is diffusion.cosine_alphabar is ours
 
 
 def test_what_is_no_exercise_is_refused_and_the_list_may_be_cut_by_head(capsys):
