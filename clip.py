@@ -383,6 +383,8 @@ class Tokenizer:
     def __init__(self, merges, vocab=None):
         self.merges = list(merges)
         pairs = [tuple(merge.split(" ")) for merge in self.merges]
+
+        # the vocabulary: given, as of public weights, or in the order of the merges
         tokens = dict.fromkeys([*ALPHABET, *map("".join, pairs), START, END])    # each once
         vocab = {token: i for i, token in enumerate(tokens)} if vocab is None else vocab
         wrong = [merge for merge, pair in zip(self.merges, pairs) if len(pair) != 2]
@@ -390,6 +392,7 @@ class Tokenizer:
             raise ValueError(f"merges and vocabulary do not fit: {wrong[0]!r}")
         if {*map(type, vocab.values())} != {int} or sorted(vocab.values()) != [*range(len(vocab))]:
             raise ValueError("expected a vocabulary with the ids 0, 1, 2, ... once each")
+
         self.ids, self.tokens = dict(vocab), sorted(vocab, key=vocab.get)      # inverses
         self.rank = {pair: n for n, pair in enumerate(pairs)}
         self.start, self.end = vocab[START], vocab[END]
@@ -589,7 +592,7 @@ def main(arguments=None):
         images = torch.stack([train_toy.render(scene, size) for scene in scenes])
         print("each column is an image, of the captions in this order")
     if args.out is not None:
-        unclip.save_grid(images, args.out, columns=len(images))
+        unclip.save_grid(F.interpolate(images, max(128, size)), args.out, columns=len(images))
 
     tokens = tokenizer(captions, model.config.context).to(device)              # (N, L)
     probabilities = zero_shot(model, images.to(device), tokens)                # (B, N)

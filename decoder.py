@@ -40,6 +40,8 @@ class Decoder(nn.Module):
         with torch.device("cpu"):              # float64, and it stays there wherever the weights go
             self.alphabar = diffusion.SCHEDULES[c.schedule](c.T)
         self.unet = UNet(c.unet)
+
+        # the caption: read by a text Transformer of its own, or by CLIP's
         if c.text_layers:
             self.text = clip.CaptionEncoder(c.vocab_size, c.context, X, c.text_layers, c.text_heads)
         else:
@@ -411,7 +413,7 @@ class UNetConfig:
 
 @dataclass
 class DecoderConfig:
-    """Sizes about the toy's decoder's; in the comments the paper's. Stacks: `unclip.PRESETS`."""
+    """Sizes near the toy's (see `unclip.PRESETS`); in the comments the paper's."""
     unet: UNetConfig = field(default_factory=lambda: UNetConfig(
         size=16, channels=16, mults=(2, 1, 4), attention=(8, 4), head_channels=16,
         context_width=64, groups=8))

@@ -372,8 +372,8 @@ def log_var_bounds(alphabar, t, s):
 
         small = log of q_posterior's var       best if x0 is known exactly
         large = log(1 - ab_t / ab_s)           best if the data themselves are N(0, I)
-    -> each () or (B,) float64. At s = 0 small would be log 0; as published, it is
-    that of the step 2 -> 1.
+    -> each () or (B,) float64. At s = 0, instead of log 0, small is that of the step 2 -> 1, as
+    published.
     """
     ab_t, ab_s = two_timesteps(alphabar, t, s)
     second = (1 - alphabar[2] / alphabar[1]) * (1 - alphabar[1]) / (1 - alphabar[2])

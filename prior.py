@@ -66,7 +66,7 @@ class DiffusionPrior(nn.Module):
 
         self.blocks = clip.blocks(c.layers, W, c.heads)
         self.ln_out, self.out = nn.LayerNorm(W), nn.Linear(W, c.embed_dim)
-        self.register_buffer("cov", torch.zeros(c.T + 1))      # of x0, by fit_variance; 0: "small"
+        self.register_buffer("cov", torch.zeros(c.T + 1))      # x0's error, of fit_variance
 
     def forward(self, x_t, t, text, cache=None):
         """x_t (B, D) in the scaled space, t int or (B,) in 1..T, captions -> prediction (B, D).
@@ -121,7 +121,7 @@ class DiffusionPrior(nn.Module):
         keep = torch.rand(len(z_i), device=z_i.device) >= self.drop_rate
         text = text.drop(keep)
         return diffusion.loss(lambda x_t, t: self(x_t, t, text), self.alphabar, self.scale(z_i),
-                              self.config.predicts, t)     # of predicting 0: 17.2^2 / 1024 = 0.289
+                              self.config.predicts, t)     # x0 = 0 costs 17.2^2 / 1024 = 0.289
 
     def denoiser(self, text, guidance=1.0):
         """(x_t, t) -> prediction, the captions bound; guided: 2B rows, without and with them."""

@@ -456,6 +456,7 @@ class Data:
     def __init__(self, source, tokenizer, config, device):
         self.source, self.device, self.size = source, device, config.clip.image_size
         self.decoder = None                                                # once it is trained
+        self.states = config.decoder.text_layers == 0         # does the decoder read CLIP's states?
         self.group = getattr(source, "group", 1)
         self.curriculum = getattr(source, "curriculum", lambda progress: 1.0)
 
@@ -507,9 +508,9 @@ class Data:
         return decoder.shrink(self.stored[rows].to(self.device).float() / 127.5 - 1, size)
 
     @torch.no_grad()
-    def text(self, rows, states=False):           # CLIP's hidden states for the decoder only
+    def text(self, rows, states=False):           # states: with CLIP's, if the decoder reads them
         tokens, hidden = self.tokens[rows], self.z_t[rows, :0]
-        if states:
+        if states and self.states:
             L = self.clip.config.context
             hidden = self.clip.to(self.device).encode_text(tokens[:, :L])[1]
         return clip.Text(tokens, self.mask[rows], self.z_t[rows], hidden)

@@ -454,8 +454,8 @@ def load_checkpoint(path, device, dtype):
         if tokenizer and tokenizer.end != config.clip.vocab_size - 1:
             raise ValueError("tokenizer and config.clip.vocab_size do not fit")
         for name, value in asdict(config.sampling).items():
-            for number in value if isinstance(value, tuple) else [value]:
-                RANGES[name](number)
+            for one in value if isinstance(value, tuple) else [value]:
+                RANGES[name](one)
 
         for name, weights in content["weights"].items():
             with reading(name, "a part of it"):
@@ -471,6 +471,7 @@ def load_part(name, kind, config, weights):
     kinds = {kind.__name__: kind for kind in family(PARTS[name])}
     if kind not in kinds:                                # never imported by a name out of a file
         raise ValueError(f"first import the module that defines {kind}")
+
     part = build_part(kinds[kind], config, "meta")
     for key, ours in part.state_dict().items():
         w = weights[key]
@@ -519,6 +520,7 @@ def write_atomically(path, write):
     """write(file) beside `path`, then rename: whatever happens, `path` is whole, old or new."""
     target = Path(os.path.realpath(path))
     beside = target.with_name(f".{os.urandom(4).hex()}.{Path(path).name}")
+
     try:
         with open(beside, "xb") as file:
             write(file)
@@ -557,7 +559,7 @@ def save_grid(images, path, columns):
     sheet = Image.new("RGB", (columns * (W + gap) - gap, rows * (H + gap) - gap), "white")
     for i, x in enumerate(images):
         sheet.paste(to_pil(x), (i % columns * (W + gap), i // columns * (H + gap)))
-    write_atomically(path, sheet.save)                   # of the kind that the name says
+    write_atomically(path, sheet.save)                   # Pillow takes the kind from the name
 
 
 def save_figure(figure, path, dpi=80):
@@ -670,6 +672,7 @@ class Stream:
 def stop_on_error(run, *args):
     """run(*args), a command: what the user can mend ends it with one sentence, exit status 2."""
     out, err = Stream(sys.stdout), Stream(sys.stderr)
+
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             result, message, status = run(*args), "", 1 if out.error else 0
@@ -683,6 +686,7 @@ def stop_on_error(run, *args):
             reason = str(error).split("\n")[0][:80]
             message, status = (f"error: too large for this machine's memory ({reason}); try fewer "
                                "images at once, or --dtype bf16"), 2
+
         if message:
             print(message, file=sys.stderr)
     if status:

@@ -414,10 +414,16 @@ def measure(setting, device, limit, ceiling):
                   "share": row["GFLOP"] * 1e9 / seconds / ceiling, "peak GB": peak_memory(device)}
 
 
+def stack(preset, device, dtype):
+    """All parts of a preset, with random weights."""
+    parts = {name: Setting(name, preset, dtype=dtype).build(device) for name in parts_of(preset)}
+    return unclip.UnCLIP(config_of(preset), dict.fromkeys(unclip.PARTS) | parts)
+
+
 @torch.no_grad()
 def whole(preset, B, device, dtype):
     """Images of a caption, by a stack with random weights, from end to end: one row."""
-    model = karlo.build(device, dtype) if preset == "karlo" else unclip.build(preset, device, dtype)
+    model = stack(preset, device, dtype)
     model.tokenizer = unclip.load(ROOT / "weights/toy.pt").tokenizer
     for part in filter(None, model.parts.values()):
         fill_zeros(part)

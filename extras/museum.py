@@ -106,6 +106,8 @@ def main(arguments=None):
 
 
 def run(args):
+    if args.name is None and args.out:
+        raise ValueError("expected the NAME of an exhibit to draw; leave -o out for the list")
     if args.name is None:
         for name, bug in BUGS.items():
             print(f"{name}  ({bug.function})\n"

@@ -52,7 +52,7 @@ def few_steps(world, name, state=None, save=None, **changes):
 
 
 def follow(recipe, w=1.0, loss=None, **options):
-    """Train one number by a loss with gradient 1 -> (learning rates, draws of each step, weights)."""
+    """Train one number by a loss of gradient 1 -> (learning rates, draws of steps, weights)."""
     part, rates, draws, weights = nn.ParameterList([torch.tensor(float(w))]).eval(), [], [], []
     optimizers = train_toy.make_optimizers(part, recipe)
 
@@ -73,7 +73,8 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
     recipe = train_toy.Recipe(steps=10, batch=1, lr=0.1, warmup=3)
     want = [0.1 * min((i + 1) / 4, (1 + math.cos(math.pi * i / 10)) / 2) for i in range(10)]
     assert follow(recipe)[0] == pytest.approx(want), "no warm-up, or no cosine?"
-    assert follow(replace(recipe, cosine=False))[0] == pytest.approx([0.025, 0.05, 0.075] + [0.1] * 7)
+    rates = follow(replace(recipe, cosine=False))[0]
+    assert rates == pytest.approx([0.025, 0.05, 0.075] + [0.1] * 7)
 
 
 def test_every_step_and_every_seed_draws_something_else_and_draws_it_again():
@@ -105,11 +106,12 @@ def test_the_average_follows_the_weights_with_the_stated_decay():
 
 
 def test_only_matrices_decay():
-    """With zero gradients only weight decay moves a weight: matrices, not gains, biases, scalars."""
+    """Without gradients only weight decay moves a weight: matrices, not gains, biases, scalars."""
     class Part(nn.Module):
         def __init__(self):
             super().__init__()
-            self.blocks, self.scalar = nn.ModuleList([nn.Linear(4, 4)]), nn.Parameter(torch.ones(()))
+            self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+            self.scalar = nn.Parameter(torch.ones(()))
             self.emb, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
 
     for muon in (0.0, 0.1):
@@ -184,7 +186,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step():
 
 def test_every_image_is_trained_with_its_own_caption(world):
     """The images and tokens of a batch, parsed and decoded: both sides of the data agree."""
-    _, data = world
+    config, data = world
     tokenizer = clip.Tokenizer.train(data.source.captions, 1024)
     for rows, size in ((data.groups(24), 32), (data.rows(24), 16)):
         for row, image in zip(rows.tolist(), data.images(rows, size)):
@@ -194,6 +196,13 @@ def test_every_image_is_trained_with_its_own_caption(world):
         assert off < 0.501 / 127.5, f"bytes off by {127.5 * off}: truncated, not rounded?"
         assert torch.equal(data.text(rows).z_t, data.z_t[rows])
         assert torch.equal(data.text(rows).tokens, data.tokens[rows])
+    assert not data.text(rows).states.numel(), "only the decoder reads CLIP's hidden states"
+    hidden = data.clip.encode_text(data.tokens[rows])[1]
+    assert torch.equal(data.text(rows, states=True).states, hidden)
+    own = replace(config, decoder=replace(config.decoder, text_layers=2))
+    papers = train_toy.Data(data.source, tokenizer, own, data.device)
+    papers.embed(data.clip)
+    assert not papers.text(rows, states=True).states.numel(), "nor a decoder with its own text part"
     norms = torch.cat([data.z_i, data.z_t]).norm(dim=1)
     assert (norms - 1).abs().max() < 1e-5, "embeddings of length 1"
 
@@ -403,7 +412,8 @@ def test_the_papers_preset_trains_by_the_same_loop(tmp_path, command, monkeypatc
     assert model.config.name == "paper" and model.parts["ar_prior"] is None
     assert model.sample(["a red circle"], upsampler_steps=(), progress=False).isfinite().all()
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    torch.save(state | {"current": {"ar_prior": {"losses": []}}}, tmp_path / "state.pt")       # as if stopped
+    stopped = state | {"current": {"ar_prior": {"losses": []}}}
+    torch.save(stopped, tmp_path / "state.pt")
     said, code = command(*options[:8], "--out", tmp_path, "--resume", "--batch", 4)
     assert code == 2 and "dtype bf16" in said, said
 
@@ -458,7 +468,8 @@ def test_a_run_writes_weights_curves_and_samples(finished):
     done = torch.load(finished / "state.pt", weights_only=True)["done"]
     for name, part in model.parts.items():
         for key, w in part.state_dict().items():
-            assert torch.equal(w.half(), done[name][key].half()), f"{name}.{key}: not what was trained"
+            same = torch.equal(w.half(), done[name][key].half())
+            assert same, f"{name}.{key}: not what was trained"
     for name in ("losses.png", "decoder.png", "upsampler1.png", "upsampler2.png"):
         assert clip.open_image(finished / name).shape[1] > 150
     assert "circle" in model.words and "above" in model.words

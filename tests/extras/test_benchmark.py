@@ -127,6 +127,14 @@ def test_the_device_draws_the_cpus_images(rows, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preset", ["toy", "paper", "karlo"])
+def test_a_whole_stack_has_all_parts_of_its_preset(preset):
+    model = benchmark.stack(preset, "meta", torch.bfloat16)
+    assert [name for name, part in model.parts.items() if part] == benchmark.parts_of(preset)
+    assert {w.dtype for part in model.parts.values() if part for w in part.parameters()} == {
+        torch.bfloat16} and not any(part.training for part in model.parts.values() if part)
+
+
 def test_the_acceptance_goes_on_behind_what_fails(tmp_path, monkeypatch):
     """On the CPU: a row out of memory, a stage that crashes, that hangs, or has no time left."""
     run, out = benchmark.STAGES["sampling"][0], tmp_path / "gpu"

@@ -530,7 +530,8 @@ def test_other_clips_and_folders_without_weights_are_refused(tmp_path, monkeypat
     (tmp_path / "pytorch_model.bin").unlink()
     refused("no weights in .*model.safetensors", karlo.load_clip, tmp_path, kind=FileNotFoundError)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}')
-    refused(f"{tmp_path}/b cannot be read: No such", karlo.load_clip, tmp_path, kind=FileNotFoundError)
+    refused(f"{tmp_path}/b cannot be read: No such", karlo.load_clip, tmp_path,
+            kind=FileNotFoundError)
     locked = Mock(side_effect=PermissionError(13, "Permission denied"))        # root may read all
     monkeypatch.setattr(karlo, "read_pickle", locked)
     refused("/b cannot be read: Permission", karlo.load_clip, tmp_path, kind=PermissionError)
@@ -541,8 +542,8 @@ def test_tokenizers_come_from_a_merges_file_or_a_folder_and_others_are_refused(t
         tokenizer = karlo.load_tokenizer(path)
         for case in expected["tokenizer_cases"]:
             assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
-    for data, says in ((b"", "header"), (b"t h\n", "header"), (b"#v\nt h e\n", "do not fit: 't h e'"),
-                       (b"\xff\xfe", "utf-8"), (b"#v\ntt hh\n", "do not fit: '")):
+    for data, says in ((b"", "header"), (b"t h\n", "header"), (b"\xff\xfe", "utf-8"), (b"#v\nt h e\n", "do not fit: 't h e'"),
+                       (b"#v\ntt hh\n", "do not fit: '")):
         (tmp_path / "bad.txt").write_bytes(data)
         refused(f"bad.txt cannot be read as .*{says}", karlo.load_tokenizer, tmp_path / "bad.txt")
 
@@ -627,7 +628,7 @@ def test_the_decoder_receives_raw_embeddings_and_the_empty_caption(
 @pytest.mark.parametrize("words, says", [
     (["variations", "a.png"], "no CLIP image encoder.*--clip"),
     (["sample", "a", "--rerank", "2"], "no CLIP image encoder.*--clip"),
-    (["edit", "a.png", "--source", "a", "--target", "a b", "--clip", "b.png"], "b.png cannot be re"),
+    (["edit", "a.png", "--source", "a", "--target", "a b", "--clip", "b.png"], "b.png cannot be"),
     (["variations", "a.png", "--clip", "other.pt"], "other.pt is another CLIP"),
     (["variations", "a.png", "--clip", "small.pt"], "small.pt has no image encoder that fits"),
     (["variations", "a.png", "--clip", "variations/text_encoder"], "has no image encoder"),
