@@ -131,7 +131,7 @@ def test_the_program_prints_a_probability_for_each_caption(toy, red_circle, tmp_
     want = clip.zero_shot(toy.part("clip"), clip.preprocess(red_circle, 32)[None], tokens)
     assert [float(p) for p, _ in lines] == pytest.approx((100 * want[0]).tolist(), abs=0.01)
     assert want[0, 1] > 0.9, "the toy's CLIP should know a red circle"
-    assert Image.open(tmp_path / "image.jpg").size == (32, 32), "what CLIP received"
+    assert Image.open(tmp_path / "image.jpg").size == (128, 128), "at least 128 px wide"
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_the_demo_finds_the_caption_of_each_image(tmp_path, capsys):
     clip.main(["-o", str(tmp_path / "demo.png")])
     rows = [line.split("%")[:-1] for line in capsys.readouterr().out.splitlines() if "%" in line]
     assert np.array(rows, float).argmax(0).tolist() == list(range(6))
-    assert Image.open(tmp_path / "demo.png").size == (6 * 34 - 2, 32), "six images in a row"
+    assert Image.open(tmp_path / "demo.png").size == (6 * 130 - 2, 128), "six images in a row"
 
 
 @pytest.mark.parametrize("arguments, message", [
