@@ -561,6 +561,8 @@ def run(source, settings):
     device, out = unclip.pick_device(settings.device), Path(settings.out)
     if settings.dtype == "tf32" and device.type != "cuda":
         raise ValueError("--dtype tf32 speeds up CUDA alone; leave it out, or give --device cuda")
+    if settings.resume and not out.exists():
+        raise FileNotFoundError(f"there is no run in {out}; --resume needs the --out of one")
     with locked(out) if rank == 0 else contextlib.nullcontext():
         recipes = scaled_recipes(settings, world)
         state = open_run(source, settings, out / "state.pt", rank)

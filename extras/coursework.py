@@ -627,7 +627,12 @@ def grade(paths, week=None, results=None):
     rows = {name: Row(name) for name in asked if week or name in where}
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda name: alone(rows[name], where[name]), where))
+        try:
+            list(pool.map(lambda name: alone(rows[name], where[name]), where))
+        except BaseException:                # Ctrl-C: nothing to wait for
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
     for path in {*where.values()}:
         together([row for row in rows.values() if where.get(row.name) == path and row.passed], path)
     write_results(results, rows.values())

@@ -335,6 +335,10 @@ def test_the_decoders_projections_of_z_i_start_white(world):
     assert abs(out.mean()) < 1e-3 and 0.2 < out.std(0).mean() < 1.5
     plain = nn.Linear(*part.image_tokens.weight.shape[::-1])(data.z_i).detach()
     assert out.std(0).mean() > 3 * plain.std(0).mean()
+    alike = copy.copy(data)
+    alike.z_i = data.z_i[:1].expand_as(data.z_i)
+    part = train_toy.fresh_part("decoder", train_toy.TOY["decoder"], alike, config, 0)
+    assert part.image_tokens(data.z_i).isfinite().all(), "images may all be alike"
 
 
 def test_clip_starts_from_sinusoidal_positions_of_rows_and_columns(world):
@@ -534,6 +538,8 @@ def test_a_folder_of_other_weights_of_a_running_run_or_a_file_is_refused(tmp_pat
     torch.save({"format": "unclip run 3"}, tmp_path / "state.pt")
     said, code = command(*TINY, "--out", tmp_path, "--resume")
     assert code == 2 and "unclip run 4" in said, said
+    said, code = command(*TINY, "--out", tmp_path / "typo", "--resume")
+    assert code == 2 and "no run in" in said and not (tmp_path / "typo").exists(), said
 
 
 @pytest.mark.slow

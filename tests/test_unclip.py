@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 
 import clip
@@ -300,16 +301,31 @@ def test_a_text_diff_turns_the_embedding_by_the_stated_angle_and_keeps_the_noise
         stack.text_diff(photo, OTHER, OTHER, 1)
 
 
-@pytest.mark.parametrize("call", [
-    lambda m, x, **more: m.variations(x, 1, eta=0.0, **more),
-    lambda m, x, **more: m.interpolate(x, x, 1, **more),
-    lambda m, x, **more: m.text_diff(x, OTHER, CAPTION, 1, **more),
-    lambda m, x, **more: m.inpaint(x, x[0] * 0 + 1, OTHER, 1, generator=seed(0), **more)])
-def test_guidance_and_steps_reach_every_way_to_draw(stack, photo, call):
-    few = dict(steps=4, upsampler_steps=())
-    x = call(stack, photo, **few)
-    assert not same(x, call(stack, photo, guidance=4.0, **few)), "guidance has no effect"
-    assert not same(x, call(stack, photo, **few | {"steps": 6})), "steps have no effect"
+WAYS = {"variations": lambda m, x, **more: m.variations(x, **more),
+        "interpolate": lambda m, x, **more: m.interpolate(x, -x, **more),
+        "text_diff": lambda m, x, **more: m.text_diff(x, OTHER, CAPTION, **more),
+        "inpaint": lambda m, x, **more: m.inpaint(x, x[0] * 0 + 1, OTHER, **more)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_options_reach_every_way_to_draw_and_equal_seeds_are_equal_images(stack, photo, way):
+    def draw(number=0, **options):
+        few = dict(n=1, steps=4, upsampler_steps=())
+        return WAYS[way](stack, photo, generator=seed(number), **few | options)
+
+    assert torch.equal(draw(), draw()), "equal seeds, equal images"
+    assert not same(draw(), draw(guidance=4.0)), "guidance has no effect"
+    assert not same(draw(), draw(steps=6)), "steps have no effect"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_option_of_any_way_to_draw_leaves_its_range(stack, photo, way, monkeypatch):
+    monkeypatch.setattr(unclip, "open_image", None)      # before any work
+    wrong = dict(n=0, steps=1001, guidance=1e308, upsampler_steps=(1, 0))
+    wrong |= {"variations": {"eta": -0.1}, "text_diff": {"strength": 2.1}}.get(way, {})
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"expected {name} from"):
+            WAYS[way](stack, photo, **{name: value})
 
 
 def test_inpainting_keeps_the_known_pixels_and_draws_the_others_anew(stack, photo):
@@ -339,25 +355,34 @@ def test_a_mask_may_be_a_file_and_must_fit(stack, photo, tmp_path):
     Image.fromarray((mask * 255).byte().numpy()).save(tmp_path / "mask.png")
     assert torch.equal(unclip.open_mask(tmp_path / "mask.png"), mask[None, None])
     assert torch.equal(unclip.open_mask(mask), mask[None, None])
+    assert not unclip.open_mask(mask / 2).any(), "grey is not white"
     for wrong in (mask[:16, :16], 0 * mask):
         with pytest.raises(ValueError, match="mask of the image's 32 px with something white"):
             stack.inpaint(photo, wrong, CAPTION)
 
 
-def test_every_method_that_takes_long_shows_its_progress(stack, photo, capsys):
-    stack.variations(photo, 1, steps=2, upsampler_steps=(), progress=True)
-    shown = capsys.readouterr().err
-    assert "inverting" in shown and "images" in shown
-    stack.variations(photo, 1, steps=2, upsampler_steps=())
-    assert capsys.readouterr().err == ""
+@pytest.mark.parametrize("way", [*WAYS, "sample"])
+def test_every_method_that_takes_long_shows_its_progress(stack, photo, capsys, way):
+    def bars(**options):
+        if way == "sample":
+            stack.sample(OTHER, decoder_steps=2, **options)
+        else:
+            WAYS[way](stack, photo, n=1, steps=2, **options)
+        shown = capsys.readouterr().err
+        return {word for word in ("prior", "inverting", "images", "upsampling", "%")
+                if word in shown}
+
+    first = "prior" if way in ("inpaint", "sample") else "inverting"
+    assert bars(progress=True) == {first, "images", "upsampling", "%"}
+    assert bars(progress=False) == set()
 
 
 REFUSED = {
     "in [-1, 1]; from 0..255|from 0..255: x / 127.5 - 1": [
         lambda m, x: m.encode_image(255 * x[None]), lambda m, x: m.variations(255 * x),
+        lambda m, x: m.encode_image(1.01 * x[None] / x.abs().max()),
         lambda m, x: m.encode_image(x[None] / 0)],
     "square images": [lambda m, x: m.latent(x[None, :, :, 2:])],
-    "eta from 0": [lambda m, x: m.variations(x, eta=2.0)],
     "expected 2 upsampler_steps": [
         lambda m, x: draw(m, upsampler_steps=5), lambda m, x: draw(m, upsampler_steps=(5,)),
         lambda m, x: m.variations(x, upsampler_steps=torch.ones(2))],
@@ -372,12 +397,10 @@ REFUSED = {
                                  lambda m, x: m.variations(x, 3, generator=[seed(0)])],
     "expected prior_steps from 1": [lambda m, x: draw(m, prior_steps=0)],
     "expected decoder_steps from 1": [lambda m, x: draw(m, decoder_steps=2000)],
-    "expected steps from 1": [lambda m, x: m.text_diff(x, OTHER, CAPTION, steps=0)],
     "expected candidates from 1": [lambda m, x: draw(m, candidates=0)],
     "expected rerank from 1": [lambda m, x: draw(m, rerank=1.5)],
-    "expected guidance from": [lambda m, x: draw(m, guidance=1e308),
-                               lambda m, x: m.interpolate(x, x, guidance=float("nan"))],
-    "expected n from 1": [lambda m, x: m.inpaint(x, x[0] * 0 + 1, OTHER, 10 ** 9)],
+    "expected guidance from": [lambda m, x: draw(m, guidance=float("nan"))],
+    "expected prior_guidance from": [lambda m, x: draw(m, prior_guidance=1e308)],
 }
 
 
@@ -402,11 +425,18 @@ def test_a_missing_part_is_named(stack, name, options):
         draw(model, **options)
 
 
-def test_numbers_that_are_not_finite_are_blamed_on_the_part_that_drew_them(stack):
+@pytest.mark.parametrize("name, blamed", [
+    ("diffusion_prior", "the diffusion prior"), ("decoder", "the decoder"),
+    ("upsampler1", "upsampler1"), ("upsampler2", "upsampler2")])
+def test_numbers_that_are_not_finite_are_blamed_on_the_part_that_drew_them(stack, name, blamed):
     model = copy.deepcopy(stack)
-    model.parts["upsampler1"].unet.conv_in.weight.data.fill_(torch.inf)
-    with pytest.raises(FloatingPointError, match="upsampler1 drew"):
+    for w in model.parts[name].parameters():
+        w.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=f"^{blamed} drew"):
         draw(model)
+    if name == "decoder":
+        with pytest.raises(FloatingPointError, match=f"^{blamed} drew"):
+            model.decode_latent(torch.ones(1, 16), torch.ones(1, 3, 8, 8), steps=2)
 
 
 # ---------------------------------------------------------------- presets and checkpoints
@@ -512,6 +542,22 @@ def test_whatever_happens_the_old_file_is_whole_and_the_true_cause_is_named(stac
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "new")]
 
 
+def test_numbers_figures_and_grids_are_written_whole(tmp_path, monkeypatch, photo):
+    unclip.write_json(tmp_path / "a.json", {"é": [1.5]})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n "é": [\n  1.5\n ]\n}\n'
+    unclip.save_figure(Figure(figsize=(2, 1)), tmp_path / "a.png", dpi=50)
+    assert Image.open(tmp_path / "a.png").size == (100, 50)
+    for captions, columns, size in [(2, 1, (32, 66)), (3, 2, (66, 66)), (1, 1, (32, 32))]:
+        unclip.save_grid(photo.expand(captions, -1, -1, -1), tmp_path / "a.jpg", columns)
+        assert Image.open(tmp_path / "a.jpg").size == size, "a rim of 2 pixels between images"
+
+    seen = []
+    for words in (["-o", "a.png"], ["--out", "a.png"], []):
+        monkeypatch.setattr(sys, "argv", ["chapter.py", *words])
+        unclip.run_demo(seen.append, "help")
+    assert seen == ["a.png", "a.png", None]
+
+
 def wrong_contents(good):
     """{what: (a spoilt checkpoint, a word of what is printed)}"""
     def spoil(*keys, value=None):
@@ -588,13 +634,14 @@ def command(files, monkeypatch, capsys):
 def test_sample_writes_a_grid_with_a_row_for_each_caption(stack, files, command):
     """The columns are seeds: the third of --seed 7 is the first of --seed 9."""
     words = ("--weights", "good.pt", "--rerank", "2", "-o", "grid.png")
-    status, printed, warned = command("sample", CAPTION, "a mauve circle", "-n", "3", "--seed", "7",
+    status, printed, warned = command("sample", CAPTION, "a mauve ball", "-n", "3", "--seed", "7",
                                       *words)
     assert status == 0 and "6 images" in printed and "grid.png" in printed
-    assert "mauve" in warned and "circle" in warned
+    assert "not trained on: mauve, ball. They know: a, above, " in warned
+    assert all(f"{bar}: " in warned for bar in ("prior", "images", "upsampling")), "its progress"
     pixels = torch.tensor(np.array(Image.open(files[0] / "grid.png")))
     grid = pixels.permute(2, 0, 1) / 127.5 - 1
-    for row, caption in enumerate((CAPTION, "a mauve circle")):
+    for row, caption in enumerate((CAPTION, "a mauve ball")):
         for column in range(3):
             want = draw(stack, [caption], 7 + column, rerank=2)[0]
             top, left = 130 * row, 130 * column
@@ -713,12 +760,16 @@ def test_what_cannot_be_printed_is_still_written_and_the_exit_status_is_honest(t
     assert (tmp_path / "a.json").read_text() == "{}\n"
 
 
-def test_no_checkpoint_is_overwritten_by_an_option(tmp_path):
+def test_no_checkpoint_is_overwritten_by_an_option(tmp_path, monkeypatch):
     for name in ("a.pt", "a.json"):
         (tmp_path / name).touch()
     assert unclip.writable(tmp_path / "a.json") and unclip.writable(tmp_path / "new.json")
     with pytest.raises(ValueError, match="no checkpoint's"):
         unclip.writable(tmp_path / "a.pt")
+    for forbidden in (tmp_path, tmp_path / "a.json"):              # root may write everywhere
+        monkeypatch.setattr(os, "access", lambda path, mode: path != forbidden)
+        with pytest.raises(ValueError, match="in a folder that exists, writable both"):
+            unclip.writable(tmp_path / "a.json")
 
 
 def test_a_terminal_without_unicode_and_a_closed_pipe_are_no_errors():
