@@ -142,20 +142,13 @@ def losses_of(name, part, data, recipe):
 
     def decoder_batch(progress):
         rows, t = data.rows(batch), draw_timesteps(recipe, part.config.T, batch)
-        images, text = data.images(rows, part.config.unet.size), data.text(rows, states=True)
+        images, text = data.images(rows, part.config.unet.size), data.text(rows)
         return part.loss(images, data.z_i[rows], text, t).mean()
-
-    redrawn = recipe.redrawn if data.decoder is not None else 0.0
-    if redrawn:
-        data.decoder.to(data.device)
 
     def upsampler_batch(progress):
         rows = data.rows(batch // max(1, recipe.crops))
         high, low = part.prepare(data.draw(rows, part.config.unet.size), recipe.crops)  # on the CPU
         t = draw_timesteps(recipe, part.config.T, batch)
-        if redrawn:
-            some = rows[:round(redrawn * len(rows))]
-            low[:len(some)] = redraw(data, some, low[:len(some)])
         return part.loss(high.to(data.device), low.to(data.device), t).mean()
 
     return {"clip": clip_batch, "diffusion_prior": prior_batch, "ar_prior": prior_batch,
@@ -182,15 +175,14 @@ class Recipe:
     start: bool = False           # initialised from the data, see toy_start
     crops: int = 4                # of an upsampler's image, a quarter of the side; 0: all of it
     at_T: float = 0.0             # share of the timesteps that are T: where few steps begin
-    redrawn: float = 0.0          # share of upsampler1's small images the decoder redraws (crops 0)
 
 
 TOY = {                           # steps, batch, learning rate
     "clip": Recipe(1100, 128, 1e-3, 3e-3, 0.1, 0.98, uniformity=1.0, start=True),
     "diffusion_prior": Recipe(350, 128, 1e-3, 0.0, 0.06, 0.96, ema=0.99),
     "ar_prior": Recipe(580, 64, 1e-3, 3e-3, 0.04, 0.96, ema=0.99),
-    "decoder": Recipe(2600, 64, 2e-3, 8e-3, ema=0.99, logit_normal=True, start=True),
-    "upsampler1": Recipe(900, 8, 2e-3, 1e-2, ema=0.99, crops=0, at_T=0.5, redrawn=0.75),
+    "decoder": Recipe(3000, 64, 2e-3, 8e-3, ema=0.99, logit_normal=True, start=True),
+    "upsampler1": Recipe(600, 8, 2e-3, 1e-2, ema=0.99, crops=0, at_T=0.5),
     "upsampler2": Recipe(600, 8, 2e-3, 1e-2, ema=0.99, at_T=0.5)}
 FLAT = {"warmup": 0, "cosine": False}
 PAPER = {                         # table 3 and (CLIP) appendix C; Radford et al. 2021: 32 epochs
@@ -322,20 +314,6 @@ def draw_timesteps(recipe, T, B):
     return 1 + t.long().clamp(max=T - 1)
 
 
-@torch.no_grad()
-def redraw(data, rows, low):
-    """Small images (B, 3, h, h) as the decoder draws them: noised to t = 0.4 T, then denoised. So
-    upsampler1 learns to correct the errors of what it will really enlarge."""
-    part, x = data.decoder, low.to(data.device)
-    T, alphabar = part.config.T, part.alphabar
-    timesteps = [t for t in diffusion.spaced_timesteps(T, 12) if t <= 0.4 * T]
-    t = torch.full((len(x),), timesteps[-1], device=x.device)
-    x_t = diffusion.q_sample(alphabar, x, t, torch.randn_like(x))
-    x = diffusion.sample(part.denoiser(data.z_i[rows], data.text(rows, states=True)), alphabar, x_t,
-                         timesteps, predicts=part.config.predicts, clamp=1.0, variance="learned")
-    return x.to(low.device)
-
-
 def hard_negatives(rng, two):
     """Four placed training scenes, three in one respect different from the first (half of the
     one-object groups: all shapes). Only with "a blue circle above a red square" in its batch must
@@ -451,12 +429,12 @@ def read_caption(path):
 
 class Data:
     """A data source, with what is computed from it once: tokens, mask (N, L), of which CLIP reads
-    the first config.clip.context; ids (N,), equal where the tokens are; z_i, z_t (N, D), unit."""
+    the first config.clip.context; ids (N,), equal where the tokens are; z_i, z_t (N, D), unit; CLIP's
+    hidden states (N, L, W), if the decoder reads the caption in them, else (N, 0)."""
 
     def __init__(self, source, tokenizer, config, device):
         self.source, self.device, self.size = source, device, config.clip.image_size
-        self.decoder = None                                                # once it is trained
-        self.states = config.decoder.text_layers == 0         # does the decoder read CLIP's states?
+        self.reads_states = config.decoder.text_layers == 0                # the decoder, CLIP's
         self.group = getattr(source, "group", 1)
         self.curriculum = getattr(source, "curriculum", lambda progress: 1.0)
 
@@ -490,11 +468,13 @@ class Data:
 
     @torch.no_grad()
     def embed(self, model):                       # once CLIP is trained
-        self.clip = model
-        both = [(model.encode_image(self.images(rows, self.size)),
-                 model.encode_text(self.tokens[rows, :model.config.context])[0])
-                for rows in self.chunks("embedding")]
-        self.z_i, self.z_t = (clip.unit(torch.cat(z)) for z in zip(*both))
+        found = []
+        for rows in self.chunks("embedding"):
+            z_t, states = model.encode_text(self.tokens[rows, :model.config.context])
+            found.append((model.encode_image(self.images(rows, self.size)), z_t,
+                          states if self.reads_states else z_t[:, :0]))
+        z_i, z_t, self.states = map(torch.cat, zip(*found))
+        self.z_i, self.z_t = clip.unit(z_i), clip.unit(z_t)
 
     def rows(self, n):                            # random
         return torch.randint(len(self), (n,))
@@ -507,13 +487,8 @@ class Data:
     def images(self, rows, size):                 # at most CLIP's size
         return decoder.shrink(self.stored[rows].to(self.device).float() / 127.5 - 1, size)
 
-    @torch.no_grad()
-    def text(self, rows, states=False):           # states: with CLIP's, if the decoder reads them
-        tokens, hidden = self.tokens[rows], self.z_t[rows, :0]
-        if states and self.states:
-            L = self.clip.config.context
-            hidden = self.clip.to(self.device).encode_text(tokens[:, :L])[1]
-        return clip.Text(tokens, self.mask[rows], self.z_t[rows], hidden)
+    def text(self, rows):
+        return clip.Text(self.tokens[rows], self.mask[rows], self.z_t[rows], self.states[rows])
 
 
 # ---------------------------------------------------------------- a run: all parts, into a folder
@@ -585,10 +560,9 @@ def run(source, settings):
             # what the next parts are trained on; samples of those trained so far
             if name == "clip":
                 data.embed(part)
-            data.decoder = parts["decoder"]
             model = unclip.UnCLIP(config, parts, tokenizer, sorted(words))
             model.device, model.low_memory = device, device.type != "cpu"
-            if rank == 0 and data.decoder and not (out / f"{name}.png").exists():
+            if rank == 0 and parts["decoder"] and not (out / f"{name}.png").exists():
                 draw_samples(model, data, out / f"{name}.png")
             part.to("cpu")                        # the next part needs the room on the GPU
 
@@ -740,8 +714,7 @@ def draw_samples(model, data, path):
     """Some captions of the data, drawn by the parts trained so far from the true z_i."""
     n = max(1, 8 * 256 // model.config.upsampler2.unet.size)               # two of 1024 px
     rows, generator = torch.linspace(0, len(data) - 1, n).long(), torch.Generator().manual_seed(0)
-    text = data.text(rows, states=True)
-    x = model.sample_decoder(data.z_i[rows], text, generator=generator)
+    x = model.sample_decoder(data.z_i[rows], data.text(rows), generator=generator)
     for name, steps in zip(("upsampler1", "upsampler2"), model.config.sampling.upsampler_steps):
         if model.parts[name]:
             x = model.part(name).sample(x, steps, generator=generator)

@@ -713,7 +713,6 @@ TRICKS = {
             train_toy.random_scene(rng, two=two, split_of="train") for _ in range(4)]}),
     "whitened_start": Trick(("decoder",), {"start": False}, code="toy_start:'decoder'"),
     "v_prediction": Trick(("decoder",), predicts="eps"),
-    "redrawn": Trick(("upsampler1",), {"redrawn": 0.0}, code="redraw"),
     "half_at_T": Trick(("upsampler1", "upsampler2"), {"at_T": 0.0}, code="draw_timesteps:at_T"),
     "logit_normal": Trick(("decoder",), {"logit_normal": False}, code="draw_timesteps:logit"),
     # no trick: a decoder trained on captions alone, whose checkpoint can be the --baseline

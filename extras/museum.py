@@ -510,8 +510,8 @@ BUGS = {
         "alpha=float(rho / (g.norm() + 1e-12))", "over all the parameters", "The norm of SAM "
         "taken for each tensor on its own: other papers' method, and a far larger step."),
     "captions_of_other_rows": Bug("train_toy.losses_of",
-        "part.config.unet.size), data.text(rows, states=True)",
-        "part.config.unet.size), data.text(rows.flip(0), states=True)", "captions of other rows",
+        "part.config.unet.size), data.text(rows)",
+        "part.config.unet.size), data.text(rows.flip(0))", "captions of other rows",
         "cloneofsimo/lora #197: images sorted, captions not. diffusers #14430: cached latents "
         "meet the captions of another order."),
     "embeddings_of_other_rows": Bug("train_toy.losses_of",

@@ -67,7 +67,7 @@ def test_a_caption_states_what_the_scene_is_and_parse_undoes_it():
         "a red circle above a blue cross above a red square")),
     *(("read", torch.ones(shape), "square image") for shape in (
         (1, 3, 64, 64), (3, 64, 32), (3, 8, 8))),
-    ("read", torch.full((3, 64, 64), 255.0), "127.5")])
+    ("read", torch.full((3, 64, 64), 2.1), "127.5")])
 def test_what_the_world_does_not_contain_is_refused(name, given, complaint):
     with pytest.raises(ValueError, match=complaint):
         getattr(train_toy, name)(given)
@@ -128,6 +128,11 @@ def test_swaps_and_hard_negatives_change_one_kind_of_word_and_stay_in_the_traini
         assert len(others) == 3 and all(len(s.objects) == 1 + two for s in others)
         assert {train_toy.split(s) for s in (first, *others)} == {"train"}
         assert {train_toy.caption(s) for s in others} != {train_toy.caption(first)}
+    old = train_toy.parse("a large red circle")
+    new = [train_toy.edit(old, rng).objects[0] for _ in range(60)]
+    assert all(sum(getattr(o, key) != getattr(old.objects[0], key)
+                   for key in ("size", "colour", "shape")) == 1 for o in new), "in one respect"
+    assert {o.size for o in new} == {"small", "large"}
 
 
 # ---------------------------------------------------------------- places

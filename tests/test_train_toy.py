@@ -35,7 +35,6 @@ def world():
         part.vocab_size = len(tokenizer)
     data = train_toy.Data(source, tokenizer, config, CPU)
     data.embed(train_toy.fresh_part("clip", train_toy.TOY["clip"], data, config, 0))
-    data.decoder = train_toy.fresh_part("decoder", train_toy.TOY["decoder"], data, config, 0)
     return config, data
 
 
@@ -196,13 +195,13 @@ def test_every_image_is_trained_with_its_own_caption(world):
         assert off < 0.501 / 127.5, f"bytes off by {127.5 * off}: truncated, not rounded?"
         assert torch.equal(data.text(rows).z_t, data.z_t[rows])
         assert torch.equal(data.text(rows).tokens, data.tokens[rows])
-    assert not data.text(rows).states.numel(), "only the decoder reads CLIP's hidden states"
-    hidden = data.clip.encode_text(data.tokens[rows])[1]
-    assert torch.equal(data.text(rows, states=True).states, hidden)
+    model = train_toy.fresh_part("clip", train_toy.TOY["clip"], data, config, 0)
+    hidden = model.encode_text(data.tokens[rows])[1]
+    assert torch.allclose(data.text(rows).states, hidden, atol=1e-5), "CLIP's hidden states"
     own = replace(config, decoder=replace(config.decoder, text_layers=2))
     papers = train_toy.Data(data.source, tokenizer, own, data.device)
-    papers.embed(data.clip)
-    assert not papers.text(rows, states=True).states.numel(), "nor a decoder with its own text part"
+    papers.embed(model)
+    assert not papers.text(rows).states.numel(), "a decoder with a text part of its own needs none"
     norms = torch.cat([data.z_i, data.z_t]).norm(dim=1)
     assert (norms - 1).abs().max() < 1e-5, "embeddings of length 1"
 
@@ -241,37 +240,15 @@ def test_clip_compares_images_with_their_own_captions(world, monkeypatch):
     assert rows.max() >= 0.7 * len(data), "the curriculum has no effect"
 
 
-@pytest.mark.parametrize("name, many", [("upsampler1", 6), ("upsampler2", 0)])
-def test_an_upsampler_is_trained_on_pairs_some_redrawn(world, name, many, monkeypatch):
+@pytest.mark.parametrize("name", ["upsampler1", "upsampler2"])
+def test_an_upsampler_is_trained_on_what_it_prepares(world, name):
     (config, data), recipe, given = world, replace(train_toy.TOY[name], batch=8), []
     part = SimpleNamespace(config=getattr(config, name), loss=lambda *x: given.extend(x) or x[0])
     part.prepare = lambda *x: given.extend(x) or (x[0], x[0][..., ::4, ::4].clone())
-
-    def redraw(data, rows, low):
-        want = data.draw(rows, part.config.unet.size)[..., ::4, ::4]
-        assert len(rows) == many and torch.allclose(low, want, atol=1e-5), "rows of other images"
-        return 2 + low
-    monkeypatch.setattr(train_toy, "redraw", redraw)
     train_toy.losses_of(name, part, data, recipe)(0.0)
     images, crops, high, low, t = given
-    assert high is images and crops == recipe.crops and len(high) * max(1, crops) == len(t) == 8
-    redrawn = (low - images[..., ::4, ::4]).mean((1, 2, 3)) / 2
-    assert redrawn.tolist() == pytest.approx([1.0] * many + [0.0] * (len(high) - many))
-
-
-def test_redrawing_noises_small_images_to_four_tenths_of_the_time_and_denoises_them(world):
-    data, rows, low, seen = copy.copy(world[1]), torch.tensor([5, 3]), rand(2, 3, 16, 16).tanh(), []
-    table = data.decoder.alphabar
-
-    def denoiser(z_i, text):
-        assert torch.equal(z_i, data.z_i[rows]) and torch.equal(text.z_t, data.z_t[rows])
-        return lambda x_t, t: seen.append((t, x_t)) or torch.cat([low, 0 * low], dim=1)
-    data.decoder = SimpleNamespace(config=replace(data.decoder.config, predicts="x0"),
-                                   denoiser=denoiser, alphabar=table)
-    assert torch.allclose(train_toy.redraw(data, rows, low), low, atol=1e-5), "not until t = 0"
-    t, x_t = seen[0]
-    eps = (x_t - table[t].sqrt() * low) / (1 - table[t]).sqrt()
-    assert 330 < t <= 400 and 0.9 < eps.std() < 1.1, "x_t is from q(x_t | x0) at t = 0.4 T"
+    assert high is images and torch.equal(low, images[..., ::4, ::4]), "pairs of other images"
+    assert crops == recipe.crops and len(high) * max(1, crops) == len(t) == 8
 
 
 def test_the_curriculum_begins_with_one_object_and_relations_follow_two_by_two():
@@ -435,7 +412,7 @@ def test_the_papers_recipes_are_those_of_its_table_3(name):
     r = train_toy.PAPER[name]
     assert (r.batch, r.steps, r.lr, r.weight_decay, r.beta2, r.eps, r.ema) == TABLE_3[name]
     plain = train_toy.Recipe(r.steps, r.batch, r.lr)
-    for toys in ("muon", "logit_normal", "uniformity", "start", "sam", "at_T", "redrawn"):
+    for toys in ("muon", "logit_normal", "uniformity", "start", "sam", "at_T"):
         assert getattr(r, toys) == getattr(plain, toys), f"{toys} is not in the paper"
     assert (r.cosine, r.warmup) == ((True, 2000) if name == "clip" else (False, 0))
 
@@ -492,7 +469,10 @@ def test_a_run_killed_while_it_saves_resumes_to_the_same_weights(finished, tmp_p
             if kill and kill[0] in state["current"]:
                 kill.pop(0)
                 raise KeyboardInterrupt
+
     monkeypatch.setattr(unclip, "write_atomically", write_and_die)
+    for drawing in ("draw_losses", "draw_samples"):
+        monkeypatch.setattr(train_toy, drawing, lambda *_: None)
     for options in ((), ("--resume",), ("--resume", "--only", "upsampler2"), ("--resume",)):
         said, code = command(*TINY, "--out", tmp_path, *options)
         assert code in (0, 130), said
@@ -560,9 +540,9 @@ def test_a_state_with_wrong_contents_is_named_and_kept(finished, tmp_path, comma
     assert before == (tmp_path / "state.pt").read_bytes()
 
 
-@pytest.mark.slow
-def test_your_own_images_train_it_too(tmp_path, command):
-    """Every kind that Pillow opens, captions in every encoding; what is left out is named."""
+@pytest.fixture
+def own(tmp_path):
+    """Eight images of every kind that Pillow opens, and six that cannot be read."""
     data, rng = tmp_path / "data", random.Random(0)
     data.mkdir()
     for i, kind in enumerate(("png", "jpg", "webp", "bmp", "gif", "tif", "PNG", "jpeg")):
@@ -577,11 +557,29 @@ def test_your_own_images_train_it_too(tmp_path, command):
         (data / f"{name}.txt").write_bytes(text)
     (data / "broken.png").write_bytes(b"no image")
     (data / "0.txt").write_text("a red circle, as round as one can be, " * 4)
-    source = train_toy.Folder(data)
+    return data
+
+
+def test_a_folder_of_images_names_what_it_leaves_out(own, capsys):
+    source = train_toy.Folder(own)
+    assert "8 images" in (said := capsys.readouterr().out), said
+    assert "; 6 left out, the first: a.png (a.txt cannot be read as a caption" in said
     assert len(source.captions) == 8 and all(text.endswith("café") for text in source.captions[1:])
-    said, code = command("--data", data, "--out", tmp_path / "run", "--only", "decoder",
+    for i, path in enumerate(source.paths):
+        want = clip.preprocess(path, 16)
+        assert torch.equal(source.images([i, 0], 16)[0], want), "scaled and centre-cropped"
+    (own / "e.txt").write_bytes("né".encode("utf-16-be"))
+    with pytest.raises(ValueError, match="e.txt cannot be read as a caption"):
+        train_toy.read_caption(own / "e.txt")
+    (own / "e.txt").write_bytes(b"\xfe\xff" + "né".encode("utf-16-be"))
+    assert train_toy.read_caption(own / "e.txt") == "né"
+
+
+@pytest.mark.slow
+def test_your_own_images_train_it_too(own, tmp_path, command):
+    said, code = command("--data", own, "--out", tmp_path / "run", "--only", "decoder",
                          "--steps-scale", "0.001", "--batch", "8")
-    assert code == 0 and "8 images" in said and "6 left out, the first: a.png" in said, said
+    assert code == 0 and "6 left out, the first: a.png" in said, said
     assert "1 of 8 captions have more than 20 tokens" in said
     assert "café" in unclip.load(tmp_path / "run/toy.pt").words
 
@@ -680,7 +678,9 @@ def test_evaluate_shows_what_training_never_did_and_counts_what_is_right(tmp_pat
     assert late[1] == 2 and "--json" in late[0] and not model.captions, "refused before any work"
     said, code = command("evaluate", "--captions", 40, "--json", tmp_path / "e.json",
                          "--conditions", "caption alone")
-    row = json.loads((tmp_path / "e.json").read_text())["rows"]["caption alone"]
+    numbers = json.loads((tmp_path / "e.json").read_text())
+    row = numbers["rows"]["caption alone"]
+    assert numbers["seed"] == 0 and numbers["captions"].startswith("16 one object, 24 two"), numbers
     scenes = [train_toy.parse(text) for text in model.captions]
     for kind, a, b, part in (("one object", 0, 16, "test"), ("two objects", 16, 40, "test"),
                              ("held-out pairs", 40, 56, "held-out")):

@@ -81,8 +81,6 @@ def main(folder):
         results[f"{name} resumed"], results[f"{name} resumed weights"] = train(stopped)
         if name == "clip":
             data.embed(train_toy.fresh_part(name, recipe, data, config, 0))
-        if name == "decoder":
-            data.decoder = train_toy.fresh_part(name, recipe, data, config, 0)
 
     if rank == 0:
         torch.save(results, folder / f"results{world}.pt")
