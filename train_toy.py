@@ -1,4 +1,4 @@
-"""Train the whole stack on a toy world, on a CPU, in about 16 minutes.
+"""Train the whole stack on a toy world, on a CPU, in 15 minutes.
 
     python train_toy.py                                    everything, into runs/toy
     python train_toy.py --resume                           go on where that run stopped

@@ -3,6 +3,7 @@
     python tests/extras/test_house.py             records what the committed weights draw
 """
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import unclip
 
 import pytest
 import torch
+
+import decoder
+import train_toy
 
 ROOT = Path(unclip.__file__).parent
 FILES = ["diffusion.py", "clip.py", "prior.py", "decoder.py", "unclip.py", "train_toy.py"]
@@ -77,6 +81,15 @@ def test_the_committed_weights_draw_the_same_images(toy):
     golden = torch.load(GOLDEN, weights_only=True)
     for name, x in draw(toy).items():
         assert (x - golden[name]).abs().max() < 1e-2, f"{name} is another image"
+
+
+@pytest.mark.slow
+def test_more_steps_of_the_first_upsampler_are_not_worse(toy):
+    rng = random.Random(0)
+    true = train_toy.render_many([train_toy.random_scene(rng) for _ in range(12)], 64)
+    small, part = decoder.shrink(true, 16), toy.parts["upsampler1"]
+    few, many = (train_toy.psnr(part.sample(small, steps), true) for steps in (2, 10))
+    assert few > 36 and many > few - 0.5, f"{few:.1f} dB in 2 steps, {many:.1f} dB in 10"
 
 
 if __name__ == "__main__":
