@@ -113,7 +113,7 @@ def test_ours_is_compared_with_each_other_way(rows, monkeypatch):
     assert five["times as fast"] > 2 and none["times as fast"] < 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_device_draws_the_cpus_images(rows, monkeypatch):
     """Here the device is the CPU."""
     setting, fewer = unclip.UnCLIP.setting, {"decoder_steps": 2, "upsampler_steps": (1, 1)}
@@ -135,6 +135,7 @@ def test_a_whole_stack_has_all_parts_of_its_preset(preset):
         torch.bfloat16} and not any(part.training for part in model.parts.values() if part)
 
 
+@pytest.mark.long
 def test_the_acceptance_goes_on_behind_what_fails(tmp_path, monkeypatch):
     """On the CPU: a row out of memory, a stage that crashes, that hangs, or has no time left."""
     run, out = benchmark.STAGES["sampling"][0], tmp_path / "gpu"
