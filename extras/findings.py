@@ -599,21 +599,21 @@ def measure_table(args):
             draw_curves(picture, finding, numbers)
         elif finding.title:
             finding_grid(picture, model, finding, baseline)
-        found[name] = {"paper": finding.paper, "answer": finding.answer(numbers),
+        found[name] = {"paper": finding.paper, "sentence": finding.answer(numbers),
                        "numbers": numbers, **benchmark.about("cpu"),
                        "seconds of one core": round(time.process_time() - start)}
-        print(f"{name}: {found[name]['answer']}", flush=True)
+        print(f"{name}: {found[name]['sentence']}", flush=True)
         unclip.write_json(file, found)
     print(benchmark.markdown([{"": name.replace("_", " "), "paper": row["paper"],
-                               "here": row["answer"]} for name, row in found.items()]))
+                               "here": row["sentence"]} for name, row in found.items()]))
 
 
 def read_found(file):
     """What was measured before: rows of a table, each with its source and its answer."""
-    with clip.reading(file, "findings, {name: {paper, answer, ...}}"):
+    with clip.reading(file, "findings, {name: {paper, sentence, ...}}"):
         found = json.loads(file.read_bytes())
         for name, row in found.items():
-            if not isinstance(row, dict) or not isinstance(row["paper"] + row["answer"], str):
+            if not isinstance(row, dict) or not isinstance(row["paper"] + row["sentence"], str):
                 raise ValueError(f"{name} is no such entry")
         return found
 

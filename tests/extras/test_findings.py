@@ -50,7 +50,7 @@ def test_every_finding_draws_a_figure_and_gives_numbers_even_if_nothing_was_lear
                    str(weights), "--out", str(tmp_path)])
     row = json.loads((tmp_path / "findings.json").read_text())[name]
     assert (tmp_path / f"{name}.png").stat().st_size > 3000
-    assert row["answer"] in capsys.readouterr().out and "nan" not in json.dumps(row).lower()
+    assert row["sentence"] in capsys.readouterr().out and "nan" not in json.dumps(row).lower()
     assert all(abs(x) < 1e9 for pair in row["numbers"].values() for x in pair)
 
 

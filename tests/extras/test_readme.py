@@ -52,7 +52,7 @@ def test_the_numbers_are_those_that_were_measured():
     for condition, row in recorded("evaluation")["rows"].items():
         cells = [f"{100 * value:.1f} %" for value in list(row.values())[:3]]
         assert f"| {condition} | {' | '.join(cells)} | {row['IoU']:.3f} |" in README
-    answers = [row["answer"] for row in recorded("experiments").values()]
+    answers = [row["sentence"] for row in recorded("experiments").values()]
     assert all(answer in EXTRAS for answer in answers)
     assert sum(answer in README for answer in answers) == 3
     assert all(f"](../pictures/{name}.png)" in EXTRAS for name in recorded("findings"))
