@@ -429,12 +429,12 @@ def read_caption(path):
 
 class Data:
     """A data source, with what is computed from it once: tokens, mask (N, L), of which CLIP reads
-    the first config.clip.context; ids (N,), equal where the tokens are; z_i, z_t (N, D), unit; CLIP's
-    hidden states (N, L, W), if the decoder reads the caption in them, else (N, 0)."""
+    the first config.clip.context; ids (N,), equal where the tokens are; z_i, z_t (N, D), unit; and
+    states, CLIP's (N, CLIP's L, W) if the decoder reads the caption in them, else (N, 0)."""
 
     def __init__(self, source, tokenizer, config, device):
         self.source, self.device, self.size = source, device, config.clip.image_size
-        self.reads_states = config.decoder.text_layers == 0                # the decoder, CLIP's
+        self.reads_states = config.decoder.text_layers == 0                # CLIP's, by the decoder
         self.group = getattr(source, "group", 1)
         self.curriculum = getattr(source, "curriculum", lambda progress: 1.0)
 
