@@ -194,7 +194,8 @@ class Block(nn.Module):
     """A pre-LN Transformer block:  x = x + attention(LN(x)),  x = x + MLP(LN(x)).   Sec. 2.4
 
     With context_width also cross-attention, as in GLIDE: `context` (B, S, context_width), projected
-    to keys and values, is put before the block's own. cache.append(k, v) -> those of all tokens.
+    to keys and values, is put before the block's own. cache.append(k, v) -> those of all tokens;
+    with a cache the context comes with the first ones only, as it is kept, too.
     """
 
     def __init__(self, width, heads, layers, activation="gelu", context_width=0):
@@ -207,7 +208,7 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.context = nn.Linear(context_width, 2 * width) if context_width else None
 
-        # as OpenAI's CLIP: the 2 * layers residual branches together add variance of about 1
+        # as OpenAI's CLIP: the 2 * layers residual branches together add a bounded variance
         branch = (2 * layers * width) ** -0.5
         for layer, std in [(self.qkv, width ** -0.5), (self.proj, branch),
                            (self.fc1, (2 * width) ** -0.5), (self.fc2, branch)]:

@@ -75,7 +75,8 @@ class Decoder(nn.Module):
     def loss(self, x0, z_i, text, t=None):
         """x0 (B, 3, H, W) in [-1, 1] -> (B,).   Sec. 2.1; L_hybrid of IDDPM eq. 16
 
-        For classifier-free guidance z_i is null_image in 10 %, and text.drop(keep) drops 50 %.
+        For classifier-free guidance z_i (unit vectors) is null_image in 10 %, and text.drop(keep)
+        drops 50 %: rows are kept where torch.rand >= the rate. self(x_t, t, z_i, text) predicts.
         """
         keep_z = torch.rand(len(x0), 1, device=x0.device) >= 0.1
         keep_text = torch.rand(len(x0), device=x0.device) >= 0.5
@@ -106,14 +107,16 @@ class Decoder(nn.Module):
                guidance_above=0, known=None, mask=None, resample=10):
         """z_i (B, D), B captions -> images (B, 3, size, size) in [-1, 1].
 
-        Ancestral sampling (DDPM) with the learned variance; x0 is clamped at every step. Inpainting
-        if images `known` are given: they stay where mask (B, 1, size, size) is 1.
+        Ancestral sampling (DDPM), its variance learned if the U-Net predicts one; x0 is clamped at
+        every step. Inpainting if images `known` are given: they stay where the mask (B, 1, size,
+        size) is 1.
         """
         network, S = self.denoiser(z_i, text, guidance, guidance_above), self.config.unet.size
         x_T = diffusion.noise_like(torch.empty(len(z_i), 3, S, S, device=z_i.device), generator)
         timesteps = diffusion.spaced_timesteps(self.config.T, steps)
-        settings = dict(predicts=self.config.predicts, clamp=1.0, variance="learned",
-                        generator=generator, progress=progress)
+        learned = self.config.unet.out_channels == 6
+        settings = dict(predicts=self.config.predicts, clamp=1.0, generator=generator,
+                        variance="learned" if learned else "small", progress=progress)
         if known is None:
             return diffusion.sample(network, self.alphabar, x_T, timesteps, **settings)
         return diffusion.inpaint(network, self.alphabar, x_T, known, mask, timesteps,
@@ -196,7 +199,8 @@ class Upsampler(nn.Module):
                                 generator=generator, progress=progress)
 
     def timesteps(self, steps):
-        """27: GLIDE's. From 15 on: every n-th from t = 1, which spares T. Fewer: evenly spaced."""
+        """27: GLIDE's. From 15 on 1, 1 + n, 1 + 2 n ..., where some n gives so many: it spares T.
+        Else evenly spaced."""
         T, stride = self.config.T, -(-self.config.T // steps)                  # rounded up
         if steps == 27:
             return diffusion.glide27_timesteps(T)
@@ -452,14 +456,15 @@ def shrink(x, size):
 
 def enlarge(low, size):
     """The upsampler's second input: low, clamped and enlarged (bicubic; antialias: a = -0.5)."""
-    return F.interpolate(low.clamp(-1, 1), (size, size), mode="bicubic", antialias=True)
+    low = low.float().clamp(-1, 1)
+    return F.interpolate(low, (size, size), mode="bicubic", antialias=True)
 
 
 def crop_pair(high, low, crop):
     """One random crop per example, the same in both images, drawn on the low-res grid.   App. C
 
     high (B, 3, k h, k w), low (B, 3, h, w) -> (B, 3, crop, crop), (B, 3, crop / k, crop / k), crop
-    a multiple of k that fits (ValueError).
+    a multiple of k that fits. ValueError, too, where high is smaller than low.
     """
     h, w = low.shape[2:]
     k = max(1, high.shape[2] // h)

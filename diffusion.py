@@ -28,10 +28,10 @@ def q_sample(alphabar, x0, t, eps):
 def loss(network, alphabar, x0, predicts="eps", t=None):
     """Train any diffusion model: x0 (B, ...) -> (B,).   DDPM algorithm 1, one pass of its loop
 
-    network(x_t, t), t (B,) on x0's device, returns a prediction of x0's shape; or that and, as many
-    channels again, a variance, `raw`: then L_simple + 0.001 L_vlb (the hybrid loss, IDDPM eq. 16),
-    at one t L_simple + T / 1000 vlb_loss(.., detached x0_hat, ..). Expect 1 from eps = 0.
-    t: timesteps (B,) to train at, on the CPU; by default each of 1..T is equally likely.
+    network(x_t, t), t (B,) on x0's device, returns a prediction of x0's shape (cast to its dtype);
+    or that and, as many channels again, a variance, `raw`: then the hybrid loss, L_simple + 0.001
+    L_vlb (IDDPM eq. 16), at one t L_simple + T / 1000 vlb_loss(.., detached x0_hat, ..). Expect 1
+    from eps = 0. t: timesteps (B,), on the CPU; by default each of 1..T is equally likely.
     """
     T = len(alphabar) - 1
     t = torch.randint(1, T + 1, (len(x0),)) if t is None else t
@@ -40,7 +40,8 @@ def loss(network, alphabar, x0, predicts="eps", t=None):
 
     out = network(x_t, t.to(x0.device, non_blocking=True)).to(x0.dtype)
     out, raw = split_variance(out, x_t)
-    simple = (out - target(alphabar, x0, t, eps, predicts)).pow(2).flatten(1).mean(1)  # L_simple
+    error = out - target(alphabar, x0, t, eps, predicts)
+    simple = error.pow(2).reshape(len(x0), -1).mean(1)                                 # L_simple
     if raw is None:
         return simple
 
@@ -103,7 +104,10 @@ def sample(network, alphabar, x, timesteps, *, predicts="eps", clamp=None, varia
 
 
 def p_sample(network, alphabar, x_t, t, s, predicts, clamp, variance, eta, generator):
-    """One step of the reverse process: x_s drawn from p(x_s | x_t), 0 <= s < t. As in `sample`."""
+    """One step of the reverse process: x_s drawn from p(x_s | x_t), 0 <= s < t. Options: `sample`.
+
+    Noise is drawn (noise_like) only if it is added: not at s = 0, nor with eta = 0.
+    """
     if eta is not None and (torch.is_tensor(variance) or variance != "small"):
         raise ValueError("expected eta (DDIM) or a variance (DDPM), got both; leave one out")
     out, raw = split_variance(network(x_t, t), x_t)
@@ -349,11 +353,11 @@ def step_variance(alphabar, variance, small, raw, t, s):
     if torch.is_tensor(variance):
         ab_t, ab_s, b = alphabar[t], alphabar[s], 1 - alphabar[t] / alphabar[s]
         weight2 = ab_s * (b / (1 - ab_t)) ** 2
-        return (b * (1 - ab_s) / (1 - ab_t) + weight2 * variance[t]).to(small)
+        return expand(b * (1 - ab_s) / (1 - ab_t) + weight2 * variance[t], small)
     if variance == "small":
         return small
     if variance == "large":
-        return (1 - alphabar[t] / alphabar[s]).to(small)
+        return expand(1 - alphabar[t] / alphabar[s], small)
     if variance == "learned" and raw is not None:
         return learned_log_var(alphabar, raw, t, s).exp()
     raise ValueError('expected "small", "large", a table, or "learned" of a network with twice the '
@@ -396,7 +400,7 @@ def vlb_loss(alphabar, x0_hat, raw, x0, x_t, t):
                 + (mean - mean_hat) ** 2 * torch.exp(-log_var_hat))
     nll = -discretized_log_likelihood(x0, mean_hat, 0.5 * log_var_hat)
     nats = torch.where(expand(t, x_t) == 1, nll, kl)
-    return nats.flatten(1).mean(1) / math.log(2)
+    return nats.reshape(len(x0), -1).mean(1) / math.log(2)
 
 
 def discretized_log_likelihood(x, mean, log_std):
@@ -422,7 +426,7 @@ def measure_cov(network, alphabar, x0, timesteps, generator=None, predicts="x0")
     error = {0: 0.0}
     for t in sorted(timesteps):
         x_t = q_sample(alphabar, x0, t, noise_like(x0, generator))
-        x0_hat = to_x0(alphabar, network(x_t, t), x_t, t, predicts)
+        x0_hat = to_x0(alphabar, split_variance(network(x_t, t), x_t)[0], x_t, t, predicts)
         error[t] = (x0_hat - x0).double().pow(2).mean().item()
     return torch.from_numpy(np.interp(range(len(alphabar)), [*error], [*error.values()]))
 

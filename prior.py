@@ -117,7 +117,8 @@ class DiffusionPrior(nn.Module):
         return text.null()
 
     def loss(self, z_i, text, t=None):
-        """z_i (B, D) -> (B,). text.drop(keep) drops tokens and z_t of 10 % (drop_rate). Sec. 2.2"""
+        """z_i (B, D) -> (B,). text.drop(keep) drops tokens and z_t of 10 %, keep = torch.rand(B) >=
+        drop_rate, drawn before anything else.   Sec. 2.2"""
         keep = torch.rand(len(z_i), device=z_i.device) >= self.drop_rate
         text = text.drop(keep)
         return diffusion.loss(lambda x_t, t: self(x_t, t, text), self.alphabar, self.scale(z_i),
@@ -291,7 +292,7 @@ class ARPrior(nn.Module):
     @torch.autocast("cpu", enabled=False)
     def encode(self, z):
         """z (B, D) -> codes (B, K) in 0..buckets-1: how many of edges[k] are not above y_k."""
-        y = (unit(z) - self.mean) @ self.basis                                 # (B, K)
+        y = (unit(z.to(self.mean)) - self.mean) @ self.basis                   # (B, K)
         return torch.searchsorted(self.edges, y.T.contiguous(), right=True).T
 
     def decode(self, codes):

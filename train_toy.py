@@ -60,7 +60,7 @@ def train(part, recipe, batch_loss, seed=0, state=None, save=None, name="", save
         with clip.reading(f"{name} in state.pt", "the state of this part"):
             part.load_state_dict(state["model"])
             for optimizer, moments in zip(optimizers, state["moments"]):
-                optimizer.load_state_dict(moments)
+                optimizer.load_state_dict(copy.deepcopy(moments))
             ema = [x.to(w.device, copy=True) for x, w in zip(state["ema"], weights)]
             losses = list(state["losses"])
 
@@ -219,6 +219,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group, w in ((group, w) for group in self.param_groups for w in group["params"]):
+            if w.grad is None:
+                continue
+
             # momentum, Nesterov's
             average = self.state[w].setdefault("average", torch.zeros_like(w))
             average.lerp_(w.grad, 1 - group["momentum"])
@@ -251,6 +254,7 @@ def orthogonal(g):
 def worst_nearby(weights, rho):
     """Sharpness-aware minimisation: meanwhile the weights are the worst nearby, w + rho g / |g|; a
     second backward pass takes the gradient there.   SAM eq. 2-3; unCLIP app. C: rho = 0.1"""
+    weights = [w for w in weights if w.grad is not None]
     before, gradients = [w.detach().clone() for w in weights], [w.grad for w in weights]
     norm = torch.nn.utils.get_total_norm(gradients) + 1e-12
     for w, g in zip(weights, gradients):
@@ -480,6 +484,9 @@ class Data:
         return torch.randint(len(self), (n,))
 
     def groups(self, n, fraction=1.0):            # n random rows in groups, of the first fraction
+        if n % self.group or len(self) % self.group:
+            raise ValueError(f"expected {len(self)} rows of data, and a batch of {n}, in whole "
+                             f"groups of {self.group}; set --batch, or the source's group")
         groups = max(1, int(fraction * len(self)) // self.group)
         first = torch.randint(groups, (n // self.group,)) * self.group
         return (first[:, None] + torch.arange(self.group)).flatten()
@@ -527,6 +534,10 @@ class Settings:
             value, check = getattr(self, own.name), own.metadata.get("type")
             if check and value is not None:
                 check(value)
+            choices = own.metadata.get("choices")
+            values = [value] if isinstance(value, str) else value or []
+            if choices and not {*values} <= {*choices}:
+                raise ValueError(f"expected {own.name} out of {', '.join(choices)}, got {value!r}")
 
 
 def run(source, settings):
@@ -940,16 +951,22 @@ def agrees(stated, seen):
 
 
 def mistakes(stated, seen):
-    """What is wrong in `seen`: "number" alone, or some of "relation", "colour", "shape", "size"."""
+    """What is wrong in `seen`: "number" alone, or "relation", "colour", "shape", "size", as few as
+    explain it."""
     a, b = stated.canonical(), seen.canonical()
     if len(a.objects) != len(b.objects):
         return ["number"]
-    pairs = list(zip(a.objects, b.objects))
-    wrong = {"relation": a.relation != b.relation,
-             "colour": any(s.colour != t.colour for s, t in pairs),
-             "shape": any(s.shape != t.shape for s, t in pairs),
-             "size": any(t.size == "unclear" or s.size not in ("", t.size) for s, t in pairs)}
-    return [name for name in wrong if wrong[name]]
+
+    # the relation holds, or else the objects may be in the other order
+    found = []
+    for seen_objects, relation in ((b.objects, a.relation != b.relation), (b.objects[::-1], True)):
+        pairs = list(zip(a.objects, seen_objects))
+        wrong = {"relation": relation,
+                 "colour": any(s.colour != t.colour for s, t in pairs),
+                 "shape": any(s.shape != t.shape for s, t in pairs),
+                 "size": any(t.size == "unclear" or s.size not in ("", t.size) for s, t in pairs)}
+        found.append([name for name in wrong if wrong[name]])
+    return min(found, key=len)
 
 
 def stated(scene, sizes=True):
@@ -1085,20 +1102,21 @@ MOVES = torch.cat([torch.zeros(1, 4), torch.eye(4), -torch.eye(4)])       # (9, 
 
 
 def read(image):
-    """The scene in an image (3, S, S) in [-1, 1], S >= 16; no learning, exact on clean images.
+    """The scene in an image (3, S, S) in [-1, 1], S = 16 or S >= 32; exact on clean images.
 
-    Find the connected patches of ink (ink = white - pixel), ignore specks, fit every shape to every
-    patch and take the one that leaves least unexplained. What is no scene agrees with no caption:
-    none or more than two objects; a shape "blob"; a colour or size "unclear"; two objects "beside"
-    one another, on a diagonal.
+    No learning: find the connected patches of ink (ink = white - pixel), ignore specks, fit every
+    shape to every patch and take the one that leaves least unexplained. What is no scene agrees
+    with no caption: none or more than two objects; a shape "blob"; a colour or size "unclear"; two
+    objects "beside" one another, on a diagonal.
     """
-    if image.ndim != 3 or image.shape[0] != 3 or not image.shape[1] == image.shape[2] >= 16:
-        raise ValueError(f"expected a square image (3, S, S), S >= 16, got {tuple(image.shape)}; "
-                         "crop or resize it")
+    S = image.shape[-1]
+    if image.shape != (3, S, S) or S != 16 and S < 32:
+        raise ValueError("expected a square image (3, S, S), S = 16 or S >= 32, got "
+                         f"{tuple(image.shape)}; crop or resize it")
     if image.max() > 2:
         raise ValueError(f"expected pixels in [-1, 1], got {image.max():g}; divide 0..255 by 127.5 "
                          "and subtract 1")
-    size = 32 if image.shape[1] >= 32 else 16
+    size = min(S, 32)
     ink = F.interpolate((1 - image.detach().float().cpu()[None]) / 2, (size, size), mode="area")[0]
 
     patch = patches(ink.amax(0) > INK)                                    # (N, H, W) bool

@@ -26,6 +26,7 @@ import io
 import json
 import math
 import time
+import types
 import typing
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -104,8 +105,10 @@ class UnCLIP:
         """Text -> z_i (B, D), by the "diffusion" or the "ar" prior.   Sec. 2.2"""
         self.check(1, which, upsampler_steps=(), prior_guidance=guidance, prior_steps=steps,
                    candidates=candidates)
-        more = {} if which == "ar" else {"steps": self.setting("prior_steps", steps),
-                                         "candidates": self.setting("candidates", candidates)}
+        more = {"steps": self.setting("prior_steps", steps),
+                "candidates": self.setting("candidates", candidates)}
+        if which == "ar":
+            more = {"temperature": self.config.sampling.temperature}
         z_i = self.part(f"{which}_prior").sample(
             text, guidance=self.setting("prior_guidance", guidance), generator=generator,
             progress="prior" if progress else None, **more)
@@ -237,8 +240,9 @@ class UnCLIP:
     def interpolate(self, a, b, n=8, *, noise="slerp", steps=250, progress=False, **options):
         """n images on the way from a to b (see `open_image`): (n, 3, H, H).   Sec. 3.2
 
-        z_i is turned from a's to b's. noise: "slerp" turns x_T too, so the ends show a and b again;
-        "fixed" draws one x_T for all, so only what CLIP sees changes (the paper's fig. 4).
+        z_i is turned from a's to b's. noise: "slerp" turns x_T too, as one long vector, so the ends
+        show a and b again; "fixed" draws one x_T for all (of a list of generators the first does),
+        so only what CLIP sees changes (the paper's fig. 4). Options are checked first.
         """
         if noise not in ("slerp", "fixed"):
             raise ValueError(f'expected noise "slerp" or "fixed", got {noise!r}')
@@ -262,6 +266,7 @@ class UnCLIP:
             z_d = unit(z_t - z_t0),  z = slerp(z_i, z_d, theta),  theta = 0 ... strength; x_T stays
         -> (n, 3, H, H), from the image, decoded again, to the full edit; n = 1: the full edit.
         strength: the fraction of the angle between z_i and z_d, in the paper 0.25 to 0.5.
+        z_t and z_t0 are unit vectors. ValueError for equal captions.
         """
         self.check(n, n=n, strength=strength, steps=steps, **options)
         z_t0, z_t = clip.unit(self.encode_text([source, target]).z_t.float()).split(1)   # (1, D)
@@ -341,6 +346,7 @@ class Sampling:
     prior_steps: int = 64
     decoder_steps: int = 250
     upsampler_steps: tuple = (27, 15)
+    temperature: float = 1.0        # of the AR prior's codes; below 1 the likelier ones
     candidates: int = 2             # image embeddings drawn, the one nearest the caption is kept
     rerank: int = 1                 # small images drawn, the one CLIP likes best is enlarged
 
@@ -370,8 +376,8 @@ def toy():
         decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, out_channels=3,
                                                    channels=16, mults=(1, 1), groups=2),
                                 schedule="linear", predicts="x0", residual=True),
-        Sampling(guidance=2.0, guidance_above=300, prior_steps=1, candidates=1, decoder_steps=12,
-                 upsampler_steps=(2, 2), rerank=4))
+        Sampling(guidance=2.0, guidance_above=300, prior_steps=1, decoder_steps=12,
+                 upsampler_steps=(2, 2), temperature=0.2, candidates=1, rerank=4))
 
 
 def paper():
@@ -423,7 +429,10 @@ def build_part(kind, config, device="cpu", dtype=torch.float32):
     if config is None:
         return None
     with torch.device(device):
-        return kind(config).to(dtype=dtype, memory_format=torch.channels_last).eval()
+        part = kind(config).to(memory_format=torch.channels_last).eval()
+    for w in part.parameters():                          # buffers stay as they are
+        w.data = w.data.to(dtype)
+    return part
 
 
 def load(path, device="cpu", dtype=torch.float32, clip_path=None, low_memory=False):
@@ -495,7 +504,9 @@ def config_from(kind, plain, name="config"):
 
     hints, values = typing.get_type_hints(kind), {}
     for key, value in plain.items():
-        kinds = typing.get_args(hints[key]) or (hints[key],)
+        origin = typing.get_origin(hints[key]) or hints[key]           # of tuple[int, ...]: tuple
+        unions = (typing.Union, types.UnionType)
+        kinds = typing.get_args(hints[key]) if origin in unions else (origin,)
         if isinstance(value, dict):
             value = config_from(kinds[0], value, f"{name}.{key}")
         if not isinstance(value, (*kinds, int) if float in kinds else kinds):
@@ -543,7 +554,7 @@ def open_mask(mask):
 
 def resize(images, size):
     """(B, 3, S, S) in [-1, 1] -> (B, 3, size, size); bicubic overshoots, so it is clamped."""
-    return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+    return F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def to_pil(x):
@@ -600,11 +611,11 @@ def named(path):
 def writable(path):
     """The name of a file that can be written; refused before minutes of work.   OptionError"""
     file = Path(path)
-    new = not file.exists() or os.access(file, os.W_OK) and file.suffix != ".pt"
-    if new and str(path) and os.access(file.parent, os.W_OK) and not file.is_dir():
+    new = not file.exists() or os.access(file, os.W_OK) and file.suffix != ".pt" and file.is_file()
+    if new and str(path) and os.access(file.parent, os.W_OK):
         return path
     raise OptionError(f"{str(path)!r} cannot be written: expected a name in a folder that exists, "
-                      "writable both, and no checkpoint's")
+                      "writable both, and no device or checkpoint")
 
 
 def number(low, high, name="a value"):
@@ -625,7 +636,7 @@ positive, seed = number(1, 10 ** 6), number(0, 2 ** 64 - 1)
 RANGES = {name: number(low, high, name) for low, high, names in (
     (1, 1000, "n rerank candidates steps prior_steps decoder_steps upsampler_steps"),
     (-100.0, 100.0, "guidance prior_guidance"), (-2.0, 2.0, "strength"), (0.0, 1.0, "eta"),
-    (0, 1000, "guidance_above")) for name in names.split()}
+    (0, 1000, "guidance_above"), (0.001, 100.0, "temperature")) for name in names.split()}
 
 
 def expect_finite(x, name):

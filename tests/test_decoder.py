@@ -255,6 +255,15 @@ def test_sampling_is_ddpm_with_the_learned_variance_and_clamped_x0(model, predic
     assert all(torch.equal(x, y) for x, y in zip(before, (Z_I, *TEXT))), "inputs are changed"
 
 
+def test_a_decoder_without_a_variance_samples_with_the_small_one():
+    config = decoder_config()
+    config.unet.out_channels, g = 3, seed(1)
+    model, x_T = filled(decoder.Decoder(config)), torch.randn(8, 3, 8, 8, generator=g)
+    want = diffusion.sample(model.denoiser(Z_I, TEXT), model.alphabar, x_T,
+                            diffusion.spaced_timesteps(1000, 3), clamp=1.0, generator=g)
+    assert torch.equal(model.sample(Z_I, TEXT, 3, generator=seed(1)), want)
+
+
 def test_inpainting_keeps_the_known_pixels_and_draws_the_others(model):
     mask, calls = (torch.arange(8) < 4).float().expand(8, 1, 8, 8), []
     model.unet.register_forward_hook(lambda *_: calls.append(1))

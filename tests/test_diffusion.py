@@ -370,6 +370,20 @@ def test_noise_is_drawn_where_its_generator_is_and_each_draws_its_own_rows(ab, i
         (shape, g, "cpu") for shape in ([1, 6], [2, 3]) for g in pair)], "where the generator is"
     a, b = (diffusion.measure_cov(tanh, ab, images[0], [9], seed()) for _ in range(2))
     assert torch.equal(a, b), "a seed decides what is measured, too"
+    both = diffusion.measure_cov(lambda x, t: torch.cat([tanh(x, t)] * 2, 1), ab, images[0], [9],
+                                 seed())
+    assert torch.equal(a, both), "of a network with a variance its prediction counts"
+
+
+def test_data_may_be_single_numbers_and_every_row_may_have_its_timesteps(ab, images):
+    x0, t, s = images[0, :, 0, 0, 0], torch.tensor([9, 30, 50]), torch.tensor([3, 20, 49])
+    assert torch.equal(diffusion.loss(lambda x, t: 0 * x, ab, x0, "x0", t), x0 ** 2)
+    small = diffusion.q_posterior(ab, images[0], images[1], t, s)[1]
+    for variance in ("small", "large", TABLE):
+        got = diffusion.step_variance(ab, variance, small, None, t, s)
+        want = [diffusion.step_variance(ab, variance, v, None, *ts) for v, *ts in zip(small, t, s)]
+        assert got.shape == small.shape
+        close(got.flatten(), torch.stack(want).flatten(), "the variance of each row's own step")
 
 
 def test_sampling_keeps_no_gradients_and_has_a_bar_only_if_it_has_a_name(ab, images, capsys):

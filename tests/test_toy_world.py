@@ -97,6 +97,8 @@ def test_agrees_wants_every_stated_word_and_no_more_and_mistakes_names_the_wrong
             assert train_toy.agrees(s.mirrored(), s)
             for wrong in set(train_toy.MIRROR) - {s.relation, train_toy.MIRROR[s.relation]}:
                 assert "relation" in train_toy.mistakes(Scene(s.objects, wrong), s)
+            reverse = Scene(s.objects, train_toy.MIRROR[s.relation])
+            assert len(train_toy.mistakes(reverse, s)) < 2, "one word explains it"
             assert train_toy.mistakes(Scene(s.objects[:1]), s) == ["number"]
     unclear = Scene((Object("circle", "red", "unclear"),))
     assert not train_toy.agrees(train_toy.parse("a red circle"), unclear)

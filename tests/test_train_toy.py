@@ -264,6 +264,8 @@ def test_groups_are_whole_and_of_the_first_fraction(world):
     rows = data.groups(64, 0.25).view(-1, 4)
     assert (rows[:, :1] % 4 == 0).all() and (rows - rows[:, :1] == torch.arange(4)).all()
     assert rows.max() < 0.25 * len(data)
+    with pytest.raises(ValueError, match="a batch of 6, in whole groups of 4"):
+        data.groups(6)
 
 
 def test_captions_with_equal_tokens_are_one_caption():
@@ -341,6 +343,13 @@ def test_a_temperature_that_overshot_can_come_back(world):
 # ---------------------------------------------------------------- all parts
 
 
+@pytest.mark.parametrize("wrong", [{"dtype": "fp64"}, {"only": ["clip", "x"]}, {"preset": "x"},
+                                   {"seed": -1}, {"steps_scale": 0.0}])
+def test_settings_out_of_range_are_refused_from_python_too(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        train_toy.Settings(**wrong)
+
+
 def test_a_runs_settings_reach_every_recipe():
     plain, settings = train_toy.TOY, train_toy.Settings(steps_scale=0.01, batch=8, sam=0.1)
     assert train_toy.scaled_recipes(train_toy.Settings(), 1) == plain, "no setting, no change"
@@ -369,6 +378,28 @@ def test_six_steps_are_three_steps_saved_loaded_and_three_more(world, name, tmp_
     assert losses == resumed, "a resumed run draws what it would have drawn"
     for key, w in part.state_dict().items():
         assert torch.equal(w, again.state_dict()[key]), f"{key}: weight, average or moment is lost"
+
+
+def test_training_goes_on_from_one_state_twice_and_without_gradients_of_some_weights():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])   # the second: unused
+
+    def trained(**options):
+        net = Net()
+        recipe = train_toy.Recipe(6, 1, 1e-2, muon=1e-2, sam=0.1)
+        return net, train_toy.train(net, recipe, lambda progress: (
+            net.blocks[0](torch.randn(4, 3)) - 1).square().mean(), **options)
+
+    states = []
+    net, losses = trained(save=lambda state: states.append(copy.deepcopy(state)), save_seconds=0)
+    for _ in range(2):
+        again, resumed = trained(state=states[2])
+        assert resumed == losses, "the state has changed"
+        assert torch.equal(net.blocks[0].weight, again.blocks[0].weight)
+    assert torch.equal(net.blocks[1].weight, Net().blocks[1].weight), "no gradient, no step"
 
 
 @pytest.mark.long

@@ -139,7 +139,7 @@ def test_every_image_of_a_batch_has_its_own_caption_and_embedding(stack):
 
 OPTIONS = {"guidance": 5.0, "prior_guidance": 5.0, "prior_steps": 2, "decoder_steps": 2,
            "upsampler_steps": (3, 3), "candidates": 4, "rerank": 3, "prior": "ar",
-           "guidance_above": 999}
+           "guidance_above": 999, "temperature": 50.0}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -149,11 +149,12 @@ def test_no_option_of_sample_is_without_effect(stack, name):
         return torch.cat([draw(model, [OTHER], s, **given) for s in range(4)])
 
     value, other = {name: OPTIONS[name]}, copy.copy(stack)
+    way = {"prior": "ar"} if name == "temperature" else {}
     if name != "prior":
         other.config = replace(stack.config, sampling=replace(stack.config.sampling, **value))
-    changed = draws(stack, prior="ar") if name == "prior" else draws(other)
-    assert not same(draws(stack), changed), f"{name} has no effect"
-    if name not in ("prior", "guidance_above"):
+    changed = draws(stack, prior="ar") if name == "prior" else draws(other, **way)
+    assert not same(draws(stack, **way), changed), f"{name} has no effect"
+    if name not in ("prior", "guidance_above", "temperature"):
         assert torch.equal(draws(stack, **value), changed), "not given: as the weights have it"
 
 
@@ -469,6 +470,8 @@ def test_build_gives_each_caller_a_configuration_of_their_own():
     half = unclip.build("toy", "meta", torch.half)
     half.config.clip.vocab_size = 7
     assert {w.dtype for w in half.parts["decoder"].parameters()} == {torch.half}
+    assert half.parts["ar_prior"].edges.dtype == torch.float32, "buffers keep their digits"
+    assert unclip.resize(torch.ones(1, 3, 8, 8).bfloat16(), 16).min() > 0.99
     assert unclip.build("toy", device="meta").config.clip.vocab_size != 7
     with pytest.raises(ValueError, match="preset out of toy, paper"):
         unclip.build("huge")
@@ -511,11 +514,12 @@ def test_a_class_of_your_own_comes_back(stack, tmp_path):
     @dataclasses.dataclass
     class WideConfig(decoder.DecoderConfig):
         strength: float = 2.0
+        pair: tuple[int, ...] = (1, 2)
 
     class Wide(decoder.Decoder):
         pass
 
-    config = WideConfig(**vars(stack.config.decoder), strength=5.0)
+    config = WideConfig(**vars(stack.config.decoder), strength=5.0, pair=(3, 4))
     mine = unclip.UnCLIP(replace(stack.config, decoder=config),
                          stack.parts | {"decoder": Wide(config)})
     mine.save(tmp_path / "a.pt")
@@ -765,8 +769,10 @@ def test_no_checkpoint_is_overwritten_by_an_option(tmp_path, monkeypatch):
     for name in ("a.pt", "a.json"):
         (tmp_path / name).touch()
     assert unclip.writable(tmp_path / "a.json") and unclip.writable(tmp_path / "new.json")
-    with pytest.raises(ValueError, match="no checkpoint's"):
+    with pytest.raises(ValueError, match="no device or checkpoint"):
         unclip.writable(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="no device or checkpoint"):
+        unclip.writable(os.devnull)                                # a rename would replace it
     for forbidden in (tmp_path, tmp_path / "a.json"):              # root may write everywhere
         monkeypatch.setattr(os, "access", lambda path, mode: path != forbidden)
         with pytest.raises(ValueError, match="in a folder that exists, writable both"):
