@@ -20,6 +20,7 @@ import contextlib
 import html
 import itertools
 import math
+import os
 import pickle
 import random
 import re
@@ -348,6 +349,11 @@ def clean(text):
     return " ".join(unicodedata.normalize("NFC", text).split()).lower()
 
 
+def has_text(text):
+    """Does a caption hold anything that one can see?"""
+    return any(c.isprintable() and c != " " for c in clean(text))
+
+
 def split_words(text):
     """Clean text to words, which no merge crosses: "it's 42 cats!!" -> it 's 4 2 cats !!"""
     categories = "".join(unicodedata.category(c)[0] for c in text)     # "it's 42" -> "LLPLZNN"
@@ -495,6 +501,8 @@ def reading(path, kind):
         yield
     except (FileNotFoundError, PermissionError) as error:
         raise type(error)(f"{path} cannot be read: {error.strerror}; expected {kind}") from None
+    except (MemoryError, torch.OutOfMemoryError):                  # not the file's fault
+        raise
     except Exception as error:                                     # a damaged file may raise any
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         if isinstance(error, pickle.UnpicklingError):
@@ -505,11 +513,16 @@ def reading(path, kind):
 
 def read_image(image):
     """A path or a PIL image of any mode -> RGB, turned upright (EXIF), transparency on white."""
+    if not isinstance(image, (str, os.PathLike, Image.Image)):
+        raise ValueError("expected the path of an image, a PIL image or a tensor (3, H, W) in "
+                         f"[-1, 1], got {type(image).__name__}")
     with reading(getattr(image, "filename", image) or "the image", "an image"):
         image = image if isinstance(image, Image.Image) else Image.open(image)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):                          # 0..65535 -> 0..255
             levels = np.asarray(image)
+            if image.has_transparency_data:
+                raise ValueError("it has transparency in 16 bits; save it as 8 bits")
             if 0 < levels.max() < 4096:
                 raise ValueError(f"levels up to {levels.max()} of 65535, is it of 12 bits? save it "
                                  "as 8 bits")
@@ -520,7 +533,9 @@ def read_image(image):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        image.info.pop("exif", None)                               # it is upright now
+        return image
 
 
 def open_image(image):
@@ -573,6 +588,8 @@ def main(arguments=None):
     args = parser.parse_intermixed_args(arguments)
     if args.image is not None and not args.captions:
         raise ValueError('expected captions after the image, such as "a cat" "a dog"')
+    if not all(map(has_text, args.captions)):
+        raise ValueError(f"expected captions with some text, got {args.captions}")
 
     # CLIP and its tokenizer: the toy's, or public ones
     device = unclip.pick_device(args.device)

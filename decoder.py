@@ -12,6 +12,9 @@ All three are U-Nets, ADM's as GLIDE uses it. The toy makes 16, 64 and 256 px.
 Papers: unCLIP (Ramesh et al. 2022) sec. 2.1 and app. C, ADM (Dhariwal & Nichol 2021), GLIDE (Nichol
 et al. 2021), IDDPM (Nichol & Dhariwal 2021), LDM (Rombach et al. 2022) for BSR.
 """
+if __name__ == "__main__":
+    import unclip                    # first: Ctrl-C is one line from then on
+
 import io
 from dataclasses import dataclass, field
 
@@ -604,5 +607,4 @@ def demo(out=None):
 
 
 if __name__ == "__main__":
-    import unclip
     unclip.run_demo(demo, "also write the images")

@@ -13,6 +13,9 @@ Papers: DDPM (Ho et al. 2020), IDDPM (Nichol & Dhariwal 2021), DDIM (Song et al.
 (Dhariwal & Nichol 2021), v-prediction (Salimans & Ho 2022), GLIDE (Nichol et al. 2021), RePaint
 (Lugmayr et al. 2022), Analytic-DPM (Bao et al. 2022).
 """
+if __name__ == "__main__":
+    import unclip                    # first: Ctrl-C is one line from then on
+
 import math
 
 import numpy as np
@@ -476,5 +479,4 @@ def demo(path=None):
 
 
 if __name__ == "__main__":
-    import unclip
     unclip.run_demo(demo, "also draw the clouds")

@@ -10,6 +10,9 @@ text, not for time). Both return unit vectors.   unCLIP (Ramesh et al. 2022) sec
 
     B batch   L caption tokens   W width   D width of z   K principal components
 """
+if __name__ == "__main__":
+    import unclip                    # first: Ctrl-C is one line from then on
+
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -363,5 +366,4 @@ def demo(path=None, steps=64):
 
 
 if __name__ == "__main__":
-    import unclip
     unclip.run_demo(demo, "also draw the cosines")

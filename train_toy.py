@@ -59,9 +59,13 @@ def train(part, recipe, batch_loss, seed=0, state=None, save=None, name="", save
     if state:
         with clip.reading(f"{name} in state.pt", "the state of this part"):
             part.load_state_dict(state["model"])
-            for optimizer, moments in zip(optimizers, state["moments"]):
+            for optimizer, moments in zip(optimizers, state["moments"], strict=True):
                 optimizer.load_state_dict(copy.deepcopy(moments))
-            ema = [x.to(w.device, copy=True) for x, w in zip(state["ema"], weights)]
+                if any(x.ndim and x.shape != w.shape for w, own in optimizer.state.items()
+                       for x in own.values()):
+                    raise ValueError("moments of another size")
+            ema = [x.to(w, copy=True).view_as(w)
+                   for x, w in zip(state["ema"], weights, strict=True)]
             losses = list(state["losses"])
 
     rank, next_save = rank_and_world()[0], time.monotonic() + save_seconds
@@ -399,9 +403,11 @@ class Folder:
             paths = sorted(Path(folder) / name for name in os.listdir(folder))
         for path in paths:
             try:
-                if path.suffix.lower() in Image.registered_extensions():
+                text = path.with_suffix(".txt")
+                if path.suffix.lower() in Image.registered_extensions() or text in paths and (
+                        path != text):
                     clip.preprocess(path, 8)
-                    self.captions.append(read_caption(path.with_suffix(".txt")))
+                    self.captions.append(read_caption(text))
                     self.paths.append(path)
             except (OSError, ValueError) as error:
                 left_out.append(f", the first: {path.name} ({error})")
@@ -426,7 +432,7 @@ def read_caption(path):
         data = path.read_bytes()
         utf_16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
         text = data.decode("utf-16" if utf_16 else "utf-8-sig").strip()
-        if "\0" in text or not any(c.isprintable() and c != " " for c in clip.clean(text)):
+        if "\0" in text or not clip.has_text(text):
             raise ValueError("it is empty, or not text")
         return text
 
@@ -532,11 +538,11 @@ class Settings:
     def __post_init__(self):
         for own in fields(self):
             value, check = getattr(self, own.name), own.metadata.get("type")
-            if check and value is not None:
-                check(value)
+            if check and (value, own.default) != (None, None):
+                setattr(self, own.name, check(value))
             choices = own.metadata.get("choices")
-            values = [value] if isinstance(value, str) else value or []
-            if choices and not {*values} <= {*choices}:
+            given = value if own.name == "only" else [value]               # a list, or None
+            if choices and not {*(given or ())} <= {*choices}:
                 raise ValueError(f"expected {own.name} out of {', '.join(choices)}, got {value!r}")
 
 
@@ -604,7 +610,7 @@ def scaled_recipes(settings, world):
 def open_run(source, settings, file, rank):
     """The state of a run, fresh or resumed.   ValueError if the folder holds another run."""
     digest = zlib.crc32("\n".join(source.captions).encode("utf-8", "replace"))
-    new = asdict(settings) | {"captions": f"of checksum {digest:x}"}
+    new = asdict(settings) | {"captions": f"(--data, --groups) of checksum {digest:x}"}
     if settings.resume:
         state = unclip.read_checkpoint(file, "unclip run 4")
         with clip.reading(file, "the state of a run"):
@@ -618,7 +624,8 @@ def open_run(source, settings, file, rank):
                                  f"{new[key]}; resume with the former, or choose another --out")
         return state | {"settings": new}
 
-    for old in (file, file.with_name(f"{settings.preset}.pt")):
+    images = [f"{name}.png" for name in ("losses", *unclip.PARTS)]
+    for old in map(file.with_name, ("state.pt", f"{settings.preset}.pt", *images)):
         if rank == 0 and old.exists():
             raise ValueError(f"{old} is there already; --resume goes on, or choose another --out")
     if settings.vocab is None:
@@ -1113,7 +1120,7 @@ def read(image):
     if image.shape != (3, S, S) or S != 16 and S < 32:
         raise ValueError("expected a square image (3, S, S), S = 16 or S >= 32, got "
                          f"{tuple(image.shape)}; crop or resize it")
-    if image.max() > 2:
+    if not image.abs().max() <= 2:                # NaN is not
         raise ValueError(f"expected pixels in [-1, 1], got {image.max():g}; divide 0..255 by 127.5 "
                          "and subtract 1")
     size = min(S, 32)
@@ -1224,11 +1231,14 @@ def run_training(args):
     """Train the whole stack. Other commands: read IMAGE, world, evaluate (COMMAND --help)."""
     if args.data is not None and args.groups is not None:
         raise ValueError("--groups are the toy world's; leave them out with --data")
+    if args.data is not None and os.path.realpath(args.data) == os.path.realpath(args.out):
+        raise ValueError(f"{args.out} holds your images; --out names another folder")
     source = World(args.groups or 6000, args.seed) if args.data is None else Folder(args.data)
     try:
         run(source, Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; --resume goes on from the last save") from None
+        how = "; --resume goes on from the last save" * Path(args.out, "state.pt").exists()
+        raise KeyboardInterrupt("stopped" + how) from None
 
 
 def run_read(args):

@@ -25,6 +25,7 @@ import copy
 import io
 import json
 import math
+import shutil
 import time
 import types
 import typing
@@ -87,7 +88,7 @@ class UnCLIP:
     def encode_text(self, captions):
         """B captions, or one string -> clip.Text.   ValueError if one is empty or too long."""
         captions = [captions] if isinstance(captions, str) else captions
-        if not captions or not all(map(clip.clean, captions)):
+        if not captions or not all(map(clip.has_text, captions)):
             raise ValueError(f"expected captions with some text, got {captions}")
         if self.tokenizer is None:
             raise ValueError("this stack has fresh weights and no tokenizer; load trained weights")
@@ -136,7 +137,8 @@ class UnCLIP:
         images (B N, 3, H, W), N in a row for each of B captions -> (B keep, 3, H, W).
         """
         z_t = clip.unit(self.encode_text(captions).z_t)                          # (B, D)
-        z_i = clip.unit(self.encode_image(images)).unflatten(0, (len(z_t), -1))  # (B, N, D)
+        z_i = clip.unit(expect_finite(self.encode_image(images), "CLIP"))
+        z_i = z_i.unflatten(0, (len(z_t), -1))                                   # (B, N, D)
         best = (z_i * z_t[:, None]).sum(2).topk(keep, dim=1).indices             # (B, keep)
         return torch.cat([own[i] for own, i in zip(images.chunk(len(z_t)), best)])
 
@@ -171,8 +173,10 @@ class UnCLIP:
                                  "(--weights, --clip)")
 
     def setting(self, name, given):
-        """What was given, or else what the weights bring."""
-        return getattr(self.config.sampling, name) if given is None else given
+        """What was given, as a number, or else what the weights bring."""
+        if given is None:
+            return getattr(self.config.sampling, name)
+        return given if name == "upsampler_steps" else RANGES[name](given)
 
     def check(self, B, prior=None, /, generator=None, upsampler_steps=None, **given):
         """ValueError for what cannot be meant, before minutes of drawing B images by this prior."""
@@ -290,7 +294,8 @@ class UnCLIP:
         image, hole = open_image(image)[None].to(self.device), open_mask(mask).to(self.device)
         if image.shape[2:] != hole.shape[2:] or not hole.any():
             raise ValueError(f"expected a mask of the image's {image.shape[2]} px with something "
-                             f"white, to be drawn anew, got one of {hole.shape[2]} px")
+                             "white, to be drawn anew, got one of "
+                             f"{hole.shape[2]} px, {hole.mean():.0%} of them white")
         text = self.encode_text([caption] * n)
         z_i = self.sample_prior(text, generator=generator, progress=progress)    # (n, D)
 
@@ -313,6 +318,9 @@ class UnCLIP:
             learnt = dict(part.named_parameters())
             weights[name] = {key: w.detach().cpu().to(dtype if dtype and key in learnt else w.dtype)
                              for key, w in part.state_dict().items()}
+            if bad := [key for key, w in weights[name].items() if not w.isfinite().all()]:
+                raise FloatingPointError(f"{name}.{bad[0]} is not finite, and nothing was saved; "
+                                         "train this part again")
 
         config = replace(self.config, **{name: part.config for name, part in parts.items()})
         content = {"format": FORMAT, "config": asdict(config), "weights": weights,
@@ -459,7 +467,8 @@ def load_checkpoint(path, device, dtype):
     content, parts = read_checkpoint(path), dict.fromkeys(PARTS)
     with reading(path, "a checkpoint of this code"):
         config = config_from(Config, content["config"])
-        tokenizer = content["tokenizer"] and clip.Tokenizer(**content["tokenizer"])
+        state = content["tokenizer"]
+        tokenizer = None if state is None else clip.Tokenizer(**state)
         if tokenizer and tokenizer.end != config.clip.vocab_size - 1:
             raise ValueError("tokenizer and config.clip.vocab_size do not fit")
         for name, value in asdict(config.sampling).items():
@@ -482,8 +491,13 @@ def load_part(name, kind, config, weights):
         raise ValueError(f"first import the module that defines {kind}")
 
     part = build_part(kinds[kind], config, "meta")
-    for key, ours in part.state_dict().items():
-        w = weights[key]
+    expected = part.state_dict()
+    if wrong := sorted({*weights} ^ {*expected}):
+        raise ValueError(f"{wrong[0]} is too many or missing")
+    for key, w in weights.items():
+        ours = expected[key]
+        if not torch.is_tensor(w) or w.shape != ours.shape:
+            raise ValueError(f"{key} is no tensor of {tuple(ours.shape)}")
         if w.is_floating_point() != ours.is_floating_point() or not w.isfinite().all():
             raise ValueError(f"{key} is {w.dtype}, or not finite")
     part.load_state_dict(weights, assign=True)
@@ -509,7 +523,10 @@ def config_from(kind, plain, name="config"):
         kinds = typing.get_args(hints[key]) if origin in unions else (origin,)
         if isinstance(value, dict):
             value = config_from(kinds[0], value, f"{name}.{key}")
-        if not isinstance(value, (*kinds, int) if float in kinds else kinds):
+        wrong = not isinstance(value, (*kinds, int) if float in kinds else kinds)
+        if isinstance(value, int):                                     # True is an int, too
+            wrong |= value < 0 or isinstance(value, bool) != (bool in kinds)
+        if wrong:
             raise ValueError(f"{name}.{key} is {value!r}; expected {kinds[0].__name__}")
         values[key] = value
     return kind(**values)
@@ -530,25 +547,34 @@ def read_checkpoint(path, kind=FORMAT):
 def write_atomically(path, write):
     """write(file) beside `path`, then rename: whatever happens, `path` is whole, old or new."""
     target = Path(os.path.realpath(path))
-    beside = target.with_name(f".{os.urandom(4).hex()}.{Path(path).name}")
+    beside = target.with_name(f".{os.urandom(8).hex()}{Path(path).suffix}")
 
     try:
         with open(beside, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, beside)
         os.replace(beside, target)
-    except (OSError, RuntimeError) as error:     # torch's RuntimeError hides that the disk is full
+    except (OSError, RuntimeError) as error:     # torch's RuntimeError hides Ctrl-C, a full disk
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"could not write {path}: {getattr(cause, 'strerror', cause)}") from None
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 # ---------------------------------------------------------------- images in and out
 def open_mask(mask):
     """A path, a PIL image or (S, S) in 0..1 -> (1, 1, S, S), 1 where it is white, else 0."""
-    mask = mask.expand(3, *mask.shape[-2:]) * 2.0 - 1 if torch.is_tensor(mask) else mask
+    if torch.is_tensor(mask):
+        if mask.ndim != 2 or not 0 <= mask.min() <= mask.max() <= 1:
+            raise ValueError(f"expected a mask (S, S) in 0..1, got {tuple(mask.shape)} in "
+                             f"{mask.min():g}..{mask.max():g}")
+        mask = mask.expand(3, -1, -1) * 2.0 - 1
     return (open_image(mask).mean(0) > 0).float()[None, None]
 
 
@@ -588,8 +614,10 @@ def write_json(path, content):
 def image_name(path):
     """The name of an image file that can be written.   OptionError"""
     kind = Image.registered_extensions().get(Path(path).suffix.lower(), "no kind")
+    file = io.BytesIO()
     try:
-        Image.new("RGB", (64, 64)).save(io.BytesIO(), kind)
+        Image.new("RGB", (516, 64)).save(file, kind)
+        assert Image.open(file).size == (516, 64)        # an icon would be smaller
     except Exception:                                    # Pillow only reads some kinds
         raise OptionError(f"{str(path)!r} cannot be written: expected a name that ends in .png or "
                           ".jpg") from None
@@ -610,10 +638,12 @@ def named(path):
 
 def writable(path):
     """The name of a file that can be written; refused before minutes of work.   OptionError"""
-    file = Path(path)
-    new = not file.exists() or os.access(file, os.W_OK) and file.suffix != ".pt" and file.is_file()
-    if new and str(path) and os.access(file.parent, os.W_OK):
-        return path
+    file = Path(os.path.realpath(path))                  # where a link leads
+    with contextlib.suppress(OSError):                   # such as a name that is too long
+        free = not file.exists() or file.is_file() and file.suffix != ".pt"
+        if str(path) and free and file.parent.is_dir() and os.access(file.parent, os.W_OK) and (
+                not file.exists() or os.access(file, os.W_OK)):
+            return path
     raise OptionError(f"{str(path)!r} cannot be written: expected a name in a folder that exists, "
                       "writable both, and no device or checkpoint")
 
@@ -726,7 +756,10 @@ def run(draw, out, weights, clip_path, device, dtype, low_memory, seed, **option
     start, device, n = time.perf_counter(), pick_device(device), options["n"]
     if low_memory and device.type == "cpu":
         raise ValueError("--low-memory spares the memory of a GPU; give its --device, too")
-    given = {name: open_image(options[name]) for name in ("image", "a", "b") if name in options}
+    given = {name: options[name] for name in ("image", "a", "b", "mask") if name in options}
+    if os.path.realpath(out) in map(os.path.realpath, given.values()):
+        raise ValueError(f"{out} is what you gave; choose another name to write, with -o")
+    given = {name: open_image(path) for name, path in given.items() if name != "mask"}
     model = load(weights, device, DTYPES[dtype], clip_path, low_memory)
 
     # each image has a seed of its own: the third of --seed 7 is the first of --seed 9

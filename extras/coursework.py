@@ -213,10 +213,16 @@ def hand_out(folder, week):
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"expected a folder that does not exist yet, got {folder}")
-    lay_out(folder, [name for _, *names in WEEKS[week - 1:] for name in names])
-    with open(folder / "tests/conftest.py", "a", encoding="utf-8") as file:
-        file.write(LATER.format(later=[*range(week + 1, len(WEEKS) + 1)]))
-    (folder / "README.md").write_text(hand_out_page(week), encoding="utf-8")
+    with tempfile.TemporaryDirectory(dir=folder.resolve().parent) as whole:
+        beside = Path(whole, folder.name)
+        try:
+            lay_out(beside, [name for _, *names in WEEKS[week - 1:] for name in names])
+        except shutil.Error as error:        # it lists (from, to, why)
+            raise OSError(f"could not write {folder}: {error.args[0][0][2]}") from None
+        with open(beside / "tests/conftest.py", "a", encoding="utf-8") as file:
+            file.write(LATER.format(later=[*range(week + 1, len(WEEKS) + 1)]))
+        (beside / "README.md").write_text(hand_out_page(week), encoding="utf-8")
+        beside.rename(folder)
 
 
 def hand_out_page(week):

@@ -664,7 +664,7 @@ def bounds(args):
     scenes = [train_toy.place(stated(scene), rng)
               for scene in some_scenes(0, n, split_of="train") for _ in range(32)]
     x = render_many(scenes, model.config.decoder.unet.size).flatten(1)
-    z = model.parts["diffusion_prior"].scale(model.encode_image(render_many(scenes, 64))).cpu()
+    z = model.part("diffusion_prior").scale(model.encode_image(render_many(scenes, 64))).cpu()
 
     for name, data, dropped in (("diffusion_prior", z, 0.1), ("decoder", x, 0.05)):
         part = model.parts[name]

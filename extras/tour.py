@@ -4,6 +4,7 @@
 
 Outputs are not stored: they are what you get when you run it (on one core in half a minute).
 """
+import argparse
 import importlib
 import inspect
 import sys
@@ -209,4 +210,5 @@ def write():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Write extras/tour.ipynb anew.").parse_args()
     unclip.stop_on_error(write)

@@ -399,6 +399,10 @@ def test_training_goes_on_from_one_state_twice_and_without_gradients_of_some_wei
         again, resumed = trained(state=states[2])
         assert resumed == losses, "the state has changed"
         assert torch.equal(net.blocks[0].weight, again.blocks[0].weight)
+    moments = states[2]["moments"][0]["state"]
+    moments[next(iter(moments))]["exp_avg"] = torch.zeros(2)
+    with pytest.raises(ValueError, match="moments of another size"):
+        trained(state=states[2])
     assert torch.equal(net.blocks[1].weight, Net().blocks[1].weight), "no gradient, no step"
 
 
@@ -543,6 +547,11 @@ def test_a_folder_of_other_weights_of_a_running_run_or_a_file_is_refused(tmp_pat
     assert code == 2 and "toy.pt is there already" in said, said
     said, code = command(*TINY, "--out", tmp_path / "toy.pt")
     assert code == 2 and "is a file" in said, said
+    (tmp_path / "toy.pt").rename(tmp_path / "losses.png")
+    said, code = command(*TINY, "--out", tmp_path)
+    assert code == 2 and "losses.png is there already" in said, said
+    said, code = command("--data", tmp_path, "--out", tmp_path)
+    assert code == 2 and "holds your images" in said, said
     with train_toy.locked(tmp_path):
         said, code = command(*TINY, "--out", tmp_path)
     assert code == 2 and "another run is training" in said, said
@@ -559,6 +568,8 @@ def test_a_folder_of_other_weights_of_a_running_run_or_a_file_is_refused(tmp_pat
     (lambda state: state.update(seconds=[]), "state.pt cannot be read as the state of a run"),
     (lambda state: state["tokenizer"].update(merges=[]), "merges and vocabulary do not fit"),
     (lambda state: state["done"]["clip"].popitem(), "clip in .*state.pt cannot be read as weights"),
+    (lambda state: state["current"].update(upsampler2=state["done"].pop("upsampler2")),
+     "upsampler2 in state.pt cannot be read"),
     (lambda state: state["settings"].pop("seed"), "with seed None, not 0")])
 def test_a_state_with_wrong_contents_is_named_and_kept(finished, tmp_path, command, spoil,
                                                        complaint):
@@ -573,7 +584,7 @@ def test_a_state_with_wrong_contents_is_named_and_kept(finished, tmp_path, comma
 
 @pytest.fixture
 def own(tmp_path):
-    """Eight images of every kind that Pillow opens, and six that cannot be read."""
+    """Eight images of every kind that Pillow opens, and seven that cannot be read."""
     data, rng = tmp_path / "data", random.Random(0)
     data.mkdir()
     for i, kind in enumerate(("png", "jpg", "webp", "bmp", "gif", "tif", "PNG", "jpeg")):
@@ -587,6 +598,8 @@ def own(tmp_path):
         Image.new("RGB", (9, 9)).save(data / f"{name}.png")
         (data / f"{name}.txt").write_bytes(text)
     (data / "broken.png").write_bytes(b"no image")
+    (data / "x.heic").write_bytes(b"of a kind that Pillow cannot read")
+    (data / "x.txt").write_text("a circle")
     (data / "0.txt").write_text("a red circle, as round as one can be, " * 4)
     return data
 
@@ -594,7 +607,7 @@ def own(tmp_path):
 def test_a_folder_of_images_names_what_it_leaves_out(own, capsys):
     source = train_toy.Folder(own)
     assert "8 images" in (said := capsys.readouterr().out), said
-    assert "; 6 left out, the first: a.png (a.txt cannot be read as a caption" in said
+    assert "; 7 left out, the first: a.png (a.txt cannot be read as a caption" in said
     assert len(source.captions) == 8 and all(text.endswith("café") for text in source.captions[1:])
     for i, path in enumerate(source.paths):
         want = clip.preprocess(path, 16)
@@ -610,7 +623,7 @@ def test_a_folder_of_images_names_what_it_leaves_out(own, capsys):
 def test_your_own_images_train_it_too(own, tmp_path, command):
     said, code = command("--data", own, "--out", tmp_path / "run", "--only", "decoder",
                          "--steps-scale", "0.001", "--batch", "8")
-    assert code == 0 and "6 left out, the first: a.png" in said, said
+    assert code == 0 and "7 left out, the first: a.png" in said, said
     assert "1 of 8 captions have more than 20 tokens" in said
     assert "café" in unclip.load(tmp_path / "run/toy.pt").words
 

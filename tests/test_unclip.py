@@ -360,6 +360,9 @@ def test_a_mask_may_be_a_file_and_must_fit(stack, photo, tmp_path):
     for wrong in (mask[:16, :16], 0 * mask):
         with pytest.raises(ValueError, match="mask of the image's 32 px with something white"):
             stack.inpaint(photo, wrong, CAPTION)
+    for wrong in (255 * mask, mask[None, None], mask * float("nan")):
+        with pytest.raises(ValueError, match=r"mask \(S, S\) in 0..1"):
+            unclip.open_mask(wrong)
 
 
 @pytest.mark.parametrize("way", [*WAYS, "sample"])
@@ -542,8 +545,32 @@ def test_whatever_happens_the_old_file_is_whole_and_the_true_cause_is_named(stac
     with pytest.raises(OSError, match="a: No space left on device"):
         unclip.write_atomically(tmp_path / "a", full_disk)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "old")], "no half files"
+    (tmp_path / "a").chmod(0o600)
     unclip.write_atomically(tmp_path / "a", lambda file: file.write(b"new"))
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "new")]
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600, "who may read it is the user's choice"
+
+
+def test_ctrl_c_while_torch_writes_is_ctrl_c(tmp_path):
+    def interrupted(file):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")           # torch.save's, on its way out
+
+    with pytest.raises(KeyboardInterrupt):
+        unclip.write_atomically(tmp_path / "a", interrupted)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_weights_that_are_not_finite_are_not_saved(stack, tmp_path):
+    broken = copy.copy(stack)
+    broken.parts = stack.parts | {"decoder": copy.deepcopy(stack.parts["decoder"])}
+    broken.parts["decoder"].image_emb.bias.data[0] = 1e5           # infinite in half precision
+    with pytest.raises(FloatingPointError, match="decoder.image_emb.bias is not finite"):
+        broken.save(tmp_path / "a.pt", torch.half)
+    assert not [*tmp_path.iterdir()]
+    broken.save(tmp_path / "a.pt")
 
 
 def test_numbers_figures_and_grids_are_written_whole(tmp_path, monkeypatch, photo):
@@ -583,6 +610,12 @@ def wrong_contents(good):
         "an unknown setting": (spoil("config", "clip", "colour", value=3), "colour"),
         "a missing setting": (spoil("config", "ar_prior", "buckets"), "buckets"),
         "another type": (spoil(*unet, "size", value="8"), "config.decoder.unet.size"),
+        "a negative size": (spoil(*unet, "groups", value=-1), "config.decoder.unet.groups is -1"),
+        "a truth value": (spoil(*unet, "depth", value=True), "config.decoder.unet.depth is True"),
+        "an empty tokenizer": (spoil("tokenizer", value={}), "merges"),
+        "another shape": (spoil(*key, value=bias[1:]), "image_emb.bias is no tensor of"),
+        "no tensor": (spoil(*key, value=[1.0]), "image_emb.bias is no tensor of"),
+        "too many weights": (spoil("weights", "decoder", "x", value=bias), "x is too many"),
         "no heads": (spoil("config", "diffusion_prior", "heads", value=0), "diffusion_prior"),
         "an unknown schedule": (spoil("config", "decoder", "schedule", value="x"), "decoder"),
         "no words": (spoil("words"), "words"), "no weights": (spoil("weights"), "weights"),
@@ -701,7 +734,7 @@ BAD = {
     "--device hpu": "no device 'hpu'",
     "--low-memory": "memory of a GPU", "-o no/where.png": "no/where.png",
     "-o out.xyz": "'out.xyz' cannot be", "-o out": "'out' cannot be",
-    "-o out.psd": "'out.psd' cannot be", "-o ": "'' cannot be", "-o out.bufr": "'out.bufr' cannot",
+    "-o out.psd": "'out.psd' cannot be", "-o out.ico": "'out.ico' cannot be", "-o ": "'' cannot be", "-o out.bufr": "'out.bufr' cannot",
     "--upsampler-steps 2": "2 upsampler_steps", "--decoder-steps 2000": "got '2000'",
     "-n zero": "whole number", "-n 1000000000": "n from 1 to 1000",
     "--guidance nan": "finite number", "--guidance 1e30": "guidance from",
@@ -716,6 +749,16 @@ def test_bad_input_is_one_sentence_and_exit_status_2(command, options):
     status, _, printed = command("sample", "--weights", "good.pt", OTHER, *options.split(" "))
     assert status == 2 and BAD[options] in printed, printed
     assert printed.startswith(("error: ", "usage: ")) and "Traceback" not in printed
+
+
+def test_what_was_given_is_not_overwritten_by_default(files, command):
+    for words in (("variations", "variations.png"),
+                  ("inpaint", "photo.png", OTHER, "--mask", "inpaint.png")):
+        own = files[0] / words[-1]
+        own.write_bytes((files[0] / "photo.png").read_bytes())
+        status, _, printed = command(*words, "--weights", "good.pt")
+        assert status == 2 and f"{own.name} is what you gave" in printed, printed
+        assert own.read_bytes() == (files[0] / "photo.png").read_bytes()
 
 
 def test_a_checkpoint_with_wrong_contents_is_one_sentence_with_file_and_entry(command, files):
@@ -771,8 +814,11 @@ def test_no_checkpoint_is_overwritten_by_an_option(tmp_path, monkeypatch):
     assert unclip.writable(tmp_path / "a.json") and unclip.writable(tmp_path / "new.json")
     with pytest.raises(ValueError, match="no device or checkpoint"):
         unclip.writable(tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="no device or checkpoint"):
-        unclip.writable(os.devnull)                                # a rename would replace it
+    (tmp_path / "link.json").symlink_to(tmp_path / "a.pt")
+    for name in (os.devnull, tmp_path / "link.json", tmp_path / "a.json/b.json", "a" * 300,
+                 tmp_path / "none/a.json"):                        # a rename would replace a device
+        with pytest.raises(ValueError, match="no device or checkpoint"):
+            unclip.writable(name)
     for forbidden in (tmp_path, tmp_path / "a.json"):              # root may write everywhere
         monkeypatch.setattr(os, "access", lambda path, mode: path != forbidden)
         with pytest.raises(ValueError, match="in a folder that exists, writable both"):

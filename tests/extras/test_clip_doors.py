@@ -144,7 +144,7 @@ def test_the_demo_finds_the_caption_of_each_image(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["gone.png", "a"], "gone.png cannot be read: No such file"),
-    (["gone.png"], "captions after the image"),
+    (["gone.png"], "captions after the image"), (["x.png", "a", "\u200b"], "with some text"),
     (["x.png", "a", "--vocab", "v.txt"], "--weights and --vocab"),
     (["x.png", "a", "--weights", "w.pt"], "--weights and --vocab"),
     (["x.png", "a", "--device", "abacus"], "abacus")])
