@@ -404,8 +404,8 @@ class Folder:
         for path in paths:
             try:
                 text = path.with_suffix(".txt")
-                if path.suffix.lower() in Image.registered_extensions() or text in paths and (
-                        path != text):
+                if path.suffix.lower() in Image.registered_extensions() or (
+                        path != text and text in paths):              # of a kind that is left out
                     clip.preprocess(path, 8)
                     self.captions.append(read_caption(text))
                     self.paths.append(path)

@@ -145,7 +145,7 @@ BUGS = {
     "cast_too_early": Bug("diffusion.to_eps", "(1 - alphabar[t]).rsqrt()",
         "(1 - alphabar.to(x_t.dtype)[t]).rsqrt()", "cast last", "Many: the table itself in "
         "float32. 1 - alphabar at t = 1 keeps three digits of seven."),
-    "signed_differences": Bug("diffusion.loss", ".pow(2).flatten(1)", ".flatten(1)", "E eps^2",
+    "signed_differences": Bug("diffusion.loss", "error.pow(2)", "error", "E eps^2",
         "smalldiffusion's test helper sums signed differences, which cancel; the same slip in a "
         "loss."),
     "a_thousandth_of_the_mean": Bug("diffusion.loss", "T / 1000 * vlb_loss", "0.001 * vlb_loss",
@@ -384,7 +384,7 @@ BUGS = {
     "unconditional_has_the_caption": Bug("decoder.Decoder.denoiser", "text.after(self.null(text))",
         "text.after(text)", "null condition", "The unconditional half is given the caption: "
         "guidance towards what both have."),
-    "not_clamped_first": Bug("decoder.enlarge", "low.clamp(-1, 1)", "low", "clamped first",
+    "not_clamped_first": Bug("decoder.enlarge", ".clamp(-1, 1)", "", "clamped first",
         "imagen-pytorch #160 (fixed): sampling and training treated the small image differently."),
     "nearest_neighbour": Bug("decoder.enlarge", "mode=\"bicubic\", antialias=True",
         "mode=\"nearest\"", "antialias", "DALLE2-pytorch #32 (fixed) and its nearest-neighbour "
