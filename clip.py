@@ -203,6 +203,8 @@ class Block(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"expected a width that is a multiple of {heads} heads, got {width}")
+        if activation not in ("gelu", "quick_gelu"):
+            raise ValueError(f'expected the activation "gelu" or "quick_gelu", got {activation!r}')
         self.heads, self.activation = heads, activation
         self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -516,9 +518,12 @@ def read_image(image):
     if not isinstance(image, (str, os.PathLike, Image.Image)):
         raise ValueError("expected the path of an image, a PIL image or a tensor (3, H, W) in "
                          f"[-1, 1], got {type(image).__name__}")
-    with reading(getattr(image, "filename", image) or "the image", "an image"):
-        image = image if isinstance(image, Image.Image) else Image.open(image)
+    opened = isinstance(image, Image.Image)
+    with reading(getattr(image, "filename", "the image") if opened else image, "an image"):
+        image = image if opened else Image.open(image)
         image = ImageOps.exif_transpose(image)
+
+        # numbers of more than 8 bits
         if image.mode.startswith("I;16"):                          # 0..65535 -> 0..255
             levels = np.asarray(image)
             if image.has_transparency_data:
@@ -530,6 +535,7 @@ def read_image(image):
         if image.mode in ("I", "F"):
             raise ValueError("the range of 32-bit numbers is not known; save it as 8 or 16 bits")
 
+        # transparency
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

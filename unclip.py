@@ -640,9 +640,9 @@ def writable(path):
     """The name of a file that can be written; refused before minutes of work.   OptionError"""
     file = Path(os.path.realpath(path))                  # where a link leads
     with contextlib.suppress(OSError):                   # such as a name that is too long
-        free = not file.exists() or file.is_file() and file.suffix != ".pt"
-        if str(path) and free and file.parent.is_dir() and os.access(file.parent, os.W_OK) and (
-                not file.exists() or os.access(file, os.W_OK)):
+        mine = file.is_file() and file.suffix != ".pt" and os.access(file, os.W_OK)
+        room = file.parent.is_dir() and os.access(file.parent, os.W_OK)
+        if str(path) and room and (mine or not file.exists()):
             return path
     raise OptionError(f"{str(path)!r} cannot be written: expected a name in a folder that exists, "
                       "writable both, and no device or checkpoint")

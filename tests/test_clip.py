@@ -181,6 +181,7 @@ def test_wrong_sizes_and_missing_halves_are_refused():
             (r"\(B, 3, 32, 32\), got \(2, 3, 8, 32\)", model.encode_image, images[:, :, :8]),
             ("at most 16 tokens, got 17", model.encode_text, long),
             ("multiple of 3 heads, got 8", lambda width: clip.Block(width, 3, layers=1), 8),
+            ("activation .* got 'relu'", lambda name: clip.Block(8, 2, 1, name), "relu"),
             ("^this CLIP has no image encoder", half.encode_image, images),
             ("^this CLIP has no text encoder", half.encode_text, long[:, :8]),
             *((f"as a string, got {type(wrong).__name__}",

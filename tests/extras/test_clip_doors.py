@@ -72,6 +72,9 @@ def test_other_modes_keep_their_grey_levels_and_photos_are_turned_upright(photo,
     photo.save(tmp_path / "x.jpg", exif=turned, quality=95)
     upright = clip.open_image(photo.rotate(-90, expand=True))
     assert (clip.open_image(tmp_path / "x.jpg") - upright).abs().mean() < 0.05
+    photo.save(tmp_path / "y.jpg", exif=b"Exif\0\0no TIFF header", quality=95)
+    (plain := Image.open(tmp_path / "y.jpg").convert("RGB")).info.clear()
+    assert torch.equal(clip.preprocess(tmp_path / "y.jpg", 16), clip.preprocess(plain, 16))
 
 
 def test_files_that_are_no_images_are_refused_by_name(photo, tmp_path, monkeypatch):
@@ -84,13 +87,16 @@ def test_files_that_are_no_images_are_refused_by_name(photo, tmp_path, monkeypat
     Image.new("F", (9, 9)).save(tmp_path / "float.tif")
     Image.new("I", (9, 9)).save(tmp_path / "int32.tif")
     Image.fromarray(np.full((9, 9), 4000, np.uint16)).save(tmp_path / "12bits.png")
+    Image.fromarray(np.full((9, 9), 9000, np.uint16)).save(tmp_path / "hole.png", transparency=9000)
     Image.new("1", (300, 300)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
     for name in ("cut.png", "text.png", "folder.png", "float.tif", "int32.tif", "bomb.png",
-                 "12bits.png"):
+                 "12bits.png", "hole.png"):
         with pytest.raises(ValueError, match=f"{name} cannot be read as an image: ") as error:
             clip.open_image(tmp_path / name)
         assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="expected the path of an image.*, got ndarray"):
+        clip.open_image(np.zeros((9, 9, 3)))
 
 
 @pytest.mark.parametrize("wrong", [
