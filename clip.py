@@ -519,7 +519,8 @@ def read_image(image):
         raise ValueError("expected the path of an image, a PIL image or a tensor (3, H, W) in "
                          f"[-1, 1], got {type(image).__name__}")
     opened = isinstance(image, Image.Image)
-    with reading(getattr(image, "filename", "the image") if opened else image, "an image"):
+    name = (getattr(image, "filename", "") or "the image") if opened else image
+    with reading(name, "an image"):
         image = image if opened else Image.open(image)
         image = ImageOps.exif_transpose(image)
 

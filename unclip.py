@@ -580,7 +580,8 @@ def open_mask(mask):
 
 def resize(images, size):
     """(B, 3, S, S) in [-1, 1] -> (B, 3, size, size); bicubic overshoots, so it is clamped."""
-    return F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+    images = images.to(torch.promote_types(images.dtype, torch.float32))        # not in bf16
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def to_pil(x):
