@@ -503,7 +503,7 @@ def reading(path, kind):
         yield
     except (FileNotFoundError, PermissionError) as error:
         raise type(error)(f"{path} cannot be read: {error.strerror}; expected {kind}") from None
-    except (MemoryError, torch.OutOfMemoryError):                  # not the file's fault
+    except torch.OutOfMemoryError:                                 # of a GPU: not the file's fault
         raise
     except Exception as error:                                     # a damaged file may raise any
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
