@@ -211,7 +211,7 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.context = nn.Linear(context_width, 2 * width) if context_width else None
 
-        # as OpenAI's CLIP: the 2 * layers residual branches together add a bounded variance
+        # as OpenAI's CLIP: what the 2 * layers residual branches add does not grow with the depth
         branch = (2 * layers * width) ** -0.5
         for layer, std in [(self.qkv, width ** -0.5), (self.proj, branch),
                            (self.fc1, (2 * width) ** -0.5), (self.fc2, branch)]:
@@ -515,12 +515,13 @@ def reading(path, kind):
 
 def read_image(image):
     """A path or a PIL image of any mode -> RGB, turned upright (EXIF), transparency on white."""
-    if not isinstance(image, (str, os.PathLike, Image.Image)):
+    opened = isinstance(image, Image.Image)
+    if not opened and not isinstance(image, (str, os.PathLike)):
         raise ValueError("expected the path of an image, a PIL image or a tensor (3, H, W) in "
                          f"[-1, 1], got {type(image).__name__}")
-    opened = isinstance(image, Image.Image)
-    name = (getattr(image, "filename", "") or "the image") if opened else image
-    with reading(name, "an image"):
+
+    name = getattr(image, "filename", "") if opened else image
+    with reading(name or "the image", "an image"):
         image = image if opened else Image.open(image)
         image = ImageOps.exif_transpose(image)
 

@@ -459,7 +459,7 @@ def shrink(x, size):
 
 def enlarge(low, size):
     """The upsampler's second input: low, clamped and enlarged (bicubic; antialias: a = -0.5)."""
-    low = low.to(torch.promote_types(low.dtype, torch.float32)).clamp(-1, 1)    # not in bf16
+    low = low.to(torch.promote_types(low.dtype, torch.float32)).clamp(-1, 1)    # at least float32
     return F.interpolate(low, (size, size), mode="bicubic", antialias=True)
 
 

@@ -493,7 +493,7 @@ def load_part(name, kind, config, weights):
     part = build_part(kinds[kind], config, "meta")
     expected = part.state_dict()
     if wrong := sorted({*weights} ^ {*expected}):
-        raise ValueError(f"{wrong[0]} is too many or missing")
+        raise ValueError(f"{wrong[0]} is {'not of it' if wrong[0] in weights else 'missing'}")
     for key, w in weights.items():
         ours = expected[key]
         if not torch.is_tensor(w) or w.shape != ours.shape:
@@ -516,13 +516,13 @@ def config_from(kind, plain, name="config"):
     if wrong[kind]:
         raise ValueError(f"{name} has other settings: {', '.join(sorted(wrong[kind]))}")
 
-    hints, values = typing.get_type_hints(kind), {}
+    hints, values, unions = typing.get_type_hints(kind), {}, (typing.Union, types.UnionType)
     for key, value in plain.items():
         origin = typing.get_origin(hints[key]) or hints[key]           # of tuple[int, ...]: tuple
-        unions = (typing.Union, types.UnionType)
         kinds = typing.get_args(hints[key]) if origin in unions else (origin,)
         if isinstance(value, dict):
             value = config_from(kinds[0], value, f"{name}.{key}")
+
         wrong = not isinstance(value, (*kinds, int) if float in kinds else kinds)
         if isinstance(value, int):                                     # True is an int, too
             wrong |= value < 0 or isinstance(value, bool) != (bool in kinds)
@@ -554,8 +554,9 @@ def write_atomically(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
+
         if target.exists():
-            shutil.copymode(target, beside)
+            shutil.copymode(target, beside)              # who may read it
         os.replace(beside, target)
     except (OSError, RuntimeError) as error:     # torch's RuntimeError hides Ctrl-C, a full disk
         if isinstance(error.__context__, KeyboardInterrupt):
@@ -564,7 +565,7 @@ def write_atomically(path, write):
         raise OSError(f"could not write {path}: {getattr(cause, 'strerror', cause)}") from None
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink()
+            beside.unlink()                              # if it was not renamed
 
 
 # ---------------------------------------------------------------- images in and out
@@ -580,7 +581,7 @@ def open_mask(mask):
 
 def resize(images, size):
     """(B, 3, S, S) in [-1, 1] -> (B, 3, size, size); bicubic overshoots, so it is clamped."""
-    images = images.to(torch.promote_types(images.dtype, torch.float32))        # not in bf16
+    images = images.to(torch.promote_types(images.dtype, torch.float32))        # at least float32
     return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
