@@ -109,8 +109,8 @@ def sample(network, alphabar, x, timesteps, *, predicts="eps", clamp=None, varia
 def p_sample(network, alphabar, x_t, t, s, predicts, clamp, variance, eta, generator):
     """One step of the reverse process: x_s drawn from p(x_s | x_t), 0 <= s < t.
 
-    The options are those of `sample`. Noise is drawn (noise_like) only if it is added: not at s = 0,
-    nor with eta = 0.
+    The options are those of `sample`. Noise is drawn (noise_like) only if it is added: not at s =
+    0, nor with eta = 0.
     """
     if eta is not None and (torch.is_tensor(variance) or variance != "small"):
         raise ValueError("expected eta (DDIM) or a variance (DDPM), got both; leave one out")
