@@ -422,7 +422,7 @@ class UNetConfig:
 class DecoderConfig:
     """Sizes near the toy's (see `unclip.PRESETS`); in the comments the paper's."""
     unet: UNetConfig = field(default_factory=lambda: UNetConfig(
-        size=16, channels=16, mults=(2, 1, 4), attention=(8, 4), head_channels=16,
+        size=16, channels=16, mults=(1, 3, 4), attention=(8, 4), head_channels=16,
         context_width=64, groups=8))
     embed_dim: int = 64             # D of z_i, 1024
     vocab_size: int = 600           # 16384

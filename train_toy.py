@@ -145,15 +145,15 @@ def losses_of(name, part, data, recipe):
         return part.loss(data.z_i[rows], data.text(rows)).mean()
 
     def decoder_batch(progress):
-        rows, t = data.rows(batch), draw_timesteps(recipe, part.config.T, batch)
+        rows = data.rows(batch)
+        t = logit_normal(part.config.T, batch) if recipe.logit_normal else None
         images, text = data.images(rows, part.config.unet.size), data.text(rows)
         return part.loss(images, data.z_i[rows], text, t).mean()
 
     def upsampler_batch(progress):
         rows = data.rows(batch // max(1, recipe.crops))
         high, low = part.prepare(data.draw(rows, part.config.unet.size), recipe.crops)  # on the CPU
-        t = draw_timesteps(recipe, part.config.T, batch)
-        return part.loss(high.to(data.device), low.to(data.device), t).mean()
+        return part.loss(high.to(data.device), low.to(data.device)).mean()
 
     return {"clip": clip_batch, "diffusion_prior": prior_batch, "ar_prior": prior_batch,
             "decoder": decoder_batch}.get(name, upsampler_batch)
@@ -174,20 +174,19 @@ class Recipe:
     warmup: int = 50              # steps
     cosine: bool = True           # False: a constant learning rate after the warm-up
     sam: float = 0.0              # rho of sharpness-aware minimisation, 0: none
-    logit_normal: bool = False    # timesteps; else uniform ones, see draw_timesteps
+    logit_normal: bool = False    # timesteps; else uniform ones
     uniformity: float = 0.0       # weight of CLIP's uniformity_loss
     start: bool = False           # initialised from the data, see toy_start
     crops: int = 4                # of an upsampler's image, a quarter of the side; 0: all of it
-    at_T: float = 0.0             # share of the timesteps that are T: where few steps begin
 
 
 TOY = {                           # steps, batch, learning rate
     "clip": Recipe(1100, 128, 1e-3, 3e-3, 0.1, 0.98, uniformity=1.0, start=True),
     "diffusion_prior": Recipe(350, 128, 1e-3, 0.0, 0.06, 0.96, ema=0.99),
     "ar_prior": Recipe(580, 64, 1e-3, 3e-3, 0.04, 0.96, ema=0.99),
-    "decoder": Recipe(3000, 64, 2e-3, 8e-3, ema=0.99, logit_normal=True, start=True),
-    "upsampler1": Recipe(600, 8, 2e-3, 1e-2, ema=0.99, crops=0, at_T=0.5),
-    "upsampler2": Recipe(600, 8, 2e-3, 1e-2, ema=0.99, at_T=0.5)}
+    "decoder": Recipe(2400, 64, 2e-3, 8e-3, ema=0.99, logit_normal=True, start=True),
+    "upsampler1": Recipe(600, 8, 2e-3, 1e-2, ema=0.99, crops=0),
+    "upsampler2": Recipe(600, 8, 2e-3, 1e-2, ema=0.99)}
 FLAT = {"warmup": 0, "cosine": False}
 PAPER = {                         # table 3 and (CLIP) appendix C; Radford et al. 2021: 32 epochs
     "clip": Recipe(635_000, 32_768, 3e-4, 0.0, 0.2, 0.98, eps=1e-6, warmup=2000),
@@ -307,16 +306,9 @@ def uniformity_loss(z_i, z_t, ids, scale=80.0):
     return clip.clip_loss(z_i, z_i, scale, ids) + clip.clip_loss(z_t, z_t, scale, ids)
 
 
-def draw_timesteps(recipe, T, B):
-    """The timesteps of a batch, (B,) in 1..T; None: uniform (DDPM), which diffusion.loss draws.
-
-    Logit-normal (SD3, Esser et al. 2024 sec. 3.1): mostly the middle, where shapes and colours are
-    decided; one from each of B equal parts. Without: objects 21. at_T: that share is T itself.
-    """
-    if recipe.at_T:
-        return torch.where(torch.rand(B) < recipe.at_T, T, torch.randint(1, T + 1, (B,)))
-    if not recipe.logit_normal:
-        return None
+def logit_normal(T, B):
+    """Timesteps (B,) in 1..T, mostly in the middle, where shapes and colours are decided; one from
+    each of B parts that are equally likely (SD3, Esser et al. 2024 sec. 3.1)."""
     u = (torch.arange(B) + torch.rand(B)) / B
     t = T * torch.sigmoid(0.9 * torch.special.ndtri(u) - 0.1)
     return 1 + t.long().clamp(max=T - 1)

@@ -667,9 +667,9 @@ def bounds(args):
     z = model.part("diffusion_prior").scale(model.encode_image(render_many(scenes, 64))).cpu()
 
     for name, data, dropped in (("diffusion_prior", z, 0.1), ("decoder", x, 0.05)):
-        part = model.parts[name]
-        times = train_toy.draw_timesteps(train_toy.TOY[name], part.config.T, 16)
-        times = torch.linspace(1, part.config.T, 16).long() if times is None else times
+        part, T = model.parts[name], model.parts[name].config.T
+        logit_normal = train_toy.TOY[name].logit_normal
+        times = (train_toy.logit_normal(T, 16) if logit_normal else torch.linspace(1, T, 16).long())
 
         # a fraction `dropped` of the rows has no condition: for them anything is possible
         told, ab = data.unflatten(0, (-1, 32)), part.alphabar              # (n, 32, D)
@@ -713,8 +713,7 @@ TRICKS = {
             train_toy.random_scene(rng, two=two, split_of="train") for _ in range(4)]}),
     "whitened_start": Trick(("decoder",), {"start": False}, code="toy_start:'decoder'"),
     "v_prediction": Trick(("decoder",), predicts="eps"),
-    "half_at_T": Trick(("upsampler1", "upsampler2"), {"at_T": 0.0}, code="draw_timesteps:at_T"),
-    "logit_normal": Trick(("decoder",), {"logit_normal": False}, code="draw_timesteps:logit"),
+    "logit_normal": Trick(("decoder",), {"logit_normal": False}, code="logit_normal"),
     # no trick: a decoder trained on captions alone, whose checkpoint can be the --baseline
     "z_i": Trick(("decoder",), condition="caption alone", changes={
         "decoder.Decoder.loss": lambda self, x0, z_i, text, t=None: LOSS(

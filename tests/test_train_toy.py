@@ -246,9 +246,9 @@ def test_an_upsampler_is_trained_on_what_it_prepares(world, name):
     part = SimpleNamespace(config=getattr(config, name), loss=lambda *x: given.extend(x) or x[0])
     part.prepare = lambda *x: given.extend(x) or (x[0], x[0][..., ::4, ::4].clone())
     train_toy.losses_of(name, part, data, recipe)(0.0)
-    images, crops, high, low, t = given
+    images, crops, high, low = given
     assert high is images and torch.equal(low, images[..., ::4, ::4]), "pairs of other images"
-    assert crops == recipe.crops and len(high) * max(1, crops) == len(t) == 8
+    assert crops == recipe.crops and len(high) * max(1, crops) == 8
 
 
 def test_the_curriculum_begins_with_one_object_and_relations_follow_two_by_two():
@@ -294,17 +294,17 @@ def test_the_uniformity_loss_is_left_out_in_the_last_third(world):
     assert more(0.0) > 1 and more(0.6) > 1 and more(0.7) == more(1.0) == 0
 
 
-def test_timesteps_are_drawn_as_the_recipe_has_them():
-    recipe = train_toy.TOY["decoder"]
-    t = train_toy.draw_timesteps(recipe, 1000, 4000)
+def test_the_toys_decoder_has_logit_normal_timesteps_the_papers_uniform_ones(world):
+    t = train_toy.logit_normal(1000, 4000)
     assert 1 <= t.min() and t.max() <= 1000
     x = torch.logit((t - 0.5).double() / 1000)
     assert abs(x.mean() + 0.1) < 0.01 and abs(x.std() - 0.9) < 0.01, "N(-0.1, 0.9^2)"
-    assert train_toy.draw_timesteps(train_toy.PAPER["decoder"], 1000, 8) is None
-    t = train_toy.draw_timesteps(train_toy.TOY["upsampler1"], 1000, 8000)
-    rest = t[t < 1000].double()
-    assert t.shape == (8000,) and abs(len(rest) - 4000) < 250, "at_T is the share of t = T"
-    assert 1 <= rest.min() < 9 and rest.max() > 991 and abs(rest.mean() - 500) < 25, "else uniform"
+
+    (config, data), given = world, []
+    part = SimpleNamespace(config=config.decoder, loss=lambda *x: given.append(x[3]) or x[0])
+    for recipe in (train_toy.TOY["decoder"], train_toy.PAPER["decoder"]):
+        train_toy.losses_of("decoder", part, data, replace(recipe, batch=8))(0.0)
+    assert given[0].shape == (8,) and given[1] is None, "None: diffusion.loss draws uniform ones"
 
 
 def test_the_decoders_projections_of_z_i_start_white(world):
@@ -447,7 +447,7 @@ def test_the_papers_recipes_are_those_of_its_table_3(name):
     r = train_toy.PAPER[name]
     assert (r.batch, r.steps, r.lr, r.weight_decay, r.beta2, r.eps, r.ema) == TABLE_3[name]
     plain = train_toy.Recipe(r.steps, r.batch, r.lr)
-    for toys in ("muon", "logit_normal", "uniformity", "start", "sam", "at_T"):
+    for toys in ("muon", "logit_normal", "uniformity", "start", "sam"):
         assert getattr(r, toys) == getattr(plain, toys), f"{toys} is not in the paper"
     assert (r.cosine, r.warmup) == ((True, 2000) if name == "clip" else (False, 0))
 
