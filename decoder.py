@@ -420,7 +420,8 @@ class UNetConfig:
 
 @dataclass
 class DecoderConfig:
-    """Sizes near the toy's (see `unclip.PRESETS`); in the comments the paper's."""
+    """Sizes near the toy's (see `unclip.PRESETS`); in the comments the paper's. The toy's
+    U-Net is wide where it attends; what that buys is in extras/README.md."""
     unet: UNetConfig = field(default_factory=lambda: UNetConfig(
         size=16, channels=16, mults=(1, 3, 4), attention=(8, 4), head_channels=16,
         context_width=64, groups=8))
