@@ -269,8 +269,8 @@ def worst_nearby(weights, rho):
 
 
 # ---------------------------------------------------------------- what only the toy needs
-# In a run of minutes these pay, short ones most; PAPER does without. On one seed CLIP finds the caption
-# of an unseen image among its four swaps in 99.5 % of 400. Without hard negatives: 66.3;
+# In a run of minutes these pay, short ones most; PAPER does without. On one seed CLIP finds the
+# caption of an unseen image among its four swaps in 99.5 % of 400. Without hard negatives: 66.3;
 # curriculum: 97.0; Muon: 96.3. A decoder of 700 steps drew 70 % of 300 unseen captions of two
 # objects right, once. Without Muon: 17; v-prediction (unclip.PRESETS): 24. CLIP's hidden states in
 # place of a text Transformer of its own took held-out pairs of an older one from 76 to 84 %.
