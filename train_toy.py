@@ -269,11 +269,12 @@ def worst_nearby(weights, rho):
 
 
 # ---------------------------------------------------------------- what only the toy needs
-# In a run of minutes these pay, short ones most; PAPER does without. On one seed CLIP finds the
-# caption of an unseen image among its four swaps in 99.5 % of 400. Without hard negatives: 66.3;
-# curriculum: 97.0; Muon: 96.3. A decoder of 700 steps drew 70 % of 300 unseen captions of two
-# objects right, once. Without Muon: 17; v-prediction (unclip.PRESETS): 24. CLIP's hidden states in
-# place of a text Transformer of its own took held-out pairs of an older one from 76 to 84 %.
+# These pay in a run of minutes, the shorter the more; PAPER does without. On one seed CLIP finds
+# the caption of an unseen image among its four swaps in 99.5 % of 400. Without hard negatives:
+# 66.3; curriculum: 97.0; Muon: 96.3. A decoder of 700 steps draws 70 % of 300 unseen captions of
+# two objects right (extras/README.md). Without Muon: 17; v-prediction (unclip.PRESETS): 24. CLIP's
+# hidden states took held-out pairs of an older decoder, which had read captions by itself, from 76
+# to 84 %.
 
 
 def toy_start(name, part, data):
@@ -289,7 +290,7 @@ def toy_start(name, part, data):
         nn.init.normal_(part.text.tok.weight, std=0.1)
 
     if name == "decoder":
-        # whitened projections of z_i, with a ridge of 2 %; without: decoder 23 (in the end alike)
+        # whitened projections of z_i, with a ridge of 2 %; without: decoder 23, at the end alike
         z_i = data.z_i.cpu()
         power, basis = torch.linalg.eigh(z_i.T.cov())
         gain = power.clamp(min=0).sqrt() / (power + 0.02 * power[-1] + 1e-12)

@@ -667,9 +667,10 @@ def bounds(args):
     z = model.part("diffusion_prior").scale(model.encode_image(render_many(scenes, 64))).cpu()
 
     for name, data, dropped in (("diffusion_prior", z, 0.1), ("decoder", x, 0.05)):
-        part, T = model.parts[name], model.parts[name].config.T
-        logit_normal = train_toy.TOY[name].logit_normal
-        times = (train_toy.logit_normal(T, 16) if logit_normal else torch.linspace(1, T, 16).long())
+        part = model.parts[name]
+        times = torch.linspace(1, part.config.T, 16).long()
+        if train_toy.TOY[name].logit_normal:
+            times = train_toy.logit_normal(part.config.T, 16)
 
         # a fraction `dropped` of the rows has no condition: for them anything is possible
         told, ab = data.unflatten(0, (-1, 32)), part.alphabar              # (n, 32, D)
