@@ -826,7 +826,7 @@ def score(model, sets, condition, seed=0):
         z_i = embedding(model, condition, text, true, generator)
         small = model.sample_decoder(z_i, text, generator=generator)
         if condition == BEST:
-            small = model.rerank(small, captions[::4], keep=1)
+            small = model.rerank(small, text.z_t[::4])
         for scene, image in zip(some, model.upsample(small, generator=generator).cpu()):
             seen = read(image)
             wrong.append(mistakes(scene, seen))

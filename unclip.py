@@ -81,7 +81,7 @@ class UnCLIP:
         z_i = self.sample_prior(text, prior, prior_guidance, prior_steps, candidates, generator,
                                 progress)
         small = self.sample_decoder(z_i, text, guidance, decoder_steps, generator, progress)
-        small = self.rerank(small, captions, keep=1) if n > 1 else small
+        small = self.rerank(small, text.z_t[::n]) if n > 1 else small
         return self.upsample(small, upsampler_steps, generator, progress)
 
     @torch.no_grad()
@@ -118,10 +118,11 @@ class UnCLIP:
     def sample_decoder(self, z_i, text, guidance=None, steps=None, generator=None, progress=False,
                        **known):
         """z_i (B, D), text -> small images (B, 3, h, h) in [-1, 1].   Sec. 2.1"""
-        x = self.part("decoder").sample(
-            z_i, text, self.setting("decoder_steps", steps), self.setting("guidance", guidance),
-            generator, "images" if progress else None, self.config.sampling.guidance_above, **known)
-        return expect_finite(x, "the decoder")
+        part, s = self.part("decoder"), self.config.sampling
+        x = part.sample(z_i, text, self.setting("decoder_steps", steps),
+                        self.setting("guidance", guidance), generator,
+                        "images" if progress else None, s.guidance_above, **known)
+        return expect_finite(part.refine(x, z_i, text, s.refine, generator), "the decoder")
 
     def upsample(self, x, steps=None, generator=None, progress=False):
         """The decoder's (B, 3, h, h) -> (B, 3, H, H), both in [-1, 1]. steps: see `sample`."""
@@ -131,16 +132,16 @@ class UnCLIP:
             x = expect_finite(self.part(name).sample(x, n, generator, bar), name)
         return x
 
-    def rerank(self, images, captions, keep):
-        """Of N images of each caption the `keep` nearest to it by CLIP, best first. DALL-E sec. 2.6
+    def rerank(self, images, z):
+        """Of N images for each of B embeddings the one that is nearest to it by CLIP.
 
-        images (B N, 3, H, W), N in a row for each of B captions -> (B keep, 3, H, W).
+        images (B N, 3, H, W), N in a row; z (B, D), of captions (DALL-E sec. 2.6) or of images
+        -> (B, 3, H, W).
         """
-        z_t = clip.unit(self.encode_text(captions).z_t)                          # (B, D)
-        z_i = clip.unit(expect_finite(self.encode_image(images), "CLIP"))
-        z_i = z_i.unflatten(0, (len(z_t), -1))                                   # (B, N, D)
-        best = (z_i * z_t[:, None]).sum(2).topk(keep, dim=1).indices             # (B, keep)
-        return torch.cat([own[i] for own, i in zip(images.chunk(len(z_t)), best)])
+        z_i = clip.unit(expect_finite(self.encode_image(images), "CLIP"))        # (B N, D)
+        scores = (z_i.unflatten(0, (len(z), -1)) * clip.unit(z)[:, None]).sum(2)   # (B, N)
+        own = images.unflatten(0, (len(z), -1))                            # (B, N, 3, H, W)
+        return own[torch.arange(len(z)), scores.argmax(1)]
 
     @torch.no_grad()
     def encode_image(self, images):
@@ -196,6 +197,8 @@ class UnCLIP:
             raise ValueError(f'expected the prior "diffusion" or "ar", got {prior!r}')
         if prior == "ar" and (given.get("prior_steps") or given.get("candidates")):
             raise ValueError("the AR prior has no prior_steps and no candidates; leave them out")
+        if given.get("eta") == 0 and given.get("rerank", 1) > 1:
+            raise ValueError("with eta 0 all draws of an image are alike; leave rerank out")
 
         needed = {f"{prior}_prior": prior, "CLIP image encoder": given.get("rerank", 1) > 1,
                   "upsampler1": steps, "upsampler2": len(steps) > 1}
@@ -212,15 +215,20 @@ class UnCLIP:
         z_i, bar = part.scale(z_i), "inverting" if progress else None
         return z_i, part.invert(x.to(self.device), z_i, self.no_caption(len(x)), steps, bar)
 
-    def decode_latent(self, z_i, x_T, *, eta=0.0, guidance=2.0, steps=250, upsampler_steps=None,
-                      generator=None, progress=False):
+    def decode_latent(self, z_i, x_T, *, eta=0.0, guidance=2.0, steps=250, rerank=1,
+                      upsampler_steps=None, generator=None, progress=False):
         """The way back -> images (B, 3, H, H) in [-1, 1]; with eta = 1 little of x_T is left.
 
-        guidance 1 (and eta 0) inverts `latent`; above 1 more of what CLIP sees is kept.
+        guidance 1 (and eta 0) inverts `latent`. Of `rerank` draws CLIP chooses, see `rerank`.
         """
-        x = self.part("decoder").decode_latent(z_i, x_T, self.no_caption(len(z_i)), steps, eta,
-                                               guidance, generator, "images" if progress else None)
-        return self.upsample(expect_finite(x, "the decoder"), upsampler_steps, generator, progress)
+        z, x_T = z_i.repeat_interleave(rerank, 0), x_T.repeat_interleave(rerank, 0)
+        part, null = self.part("decoder"), self.no_caption(len(z))
+        x = part.decode_latent(z, x_T, null, steps, eta, guidance, generator,
+                               "images" if progress else None)
+        x = part.refine(x, z, null, self.config.sampling.refine, generator)
+        x = expect_finite(x, "the decoder")
+        x = self.rerank(x, z_i) if rerank > 1 else x
+        return self.upsample(x, upsampler_steps, generator, progress)
 
     def no_caption(self, B):
         """The null condition, B rows: for images drawn from an embedding alone."""
@@ -230,16 +238,20 @@ class UnCLIP:
         states = torch.zeros(B, c.context, c.text_width, device=device)
         return self.part("decoder").null(clip.Text(tokens, tokens.bool(), z_t, states))
 
-    def variations(self, image, n=8, eta=0.2, *, steps=250, progress=False, **options):
+    def variations(self, image, n=8, eta=0.2, *, guidance=1.0, rerank=None, steps=250,
+                   progress=False, **options):
         """n images that share what CLIP sees in one (see `open_image`): (n, 3, H, H).   Sec. 3.1
 
-        The latent is kept; DDIM adds noise on its way, more with a larger eta in [0, 1].
-        options, here and below: guidance, upsampler_steps, generator as in `decode_latent`.
+        The latent is kept; DDIM adds noise on its way, more with a larger eta in [0, 1]. Of
+        `rerank` draws of each the one nearest to z_i by CLIP is kept (None: see `Sampling`).
+        options, here and below: upsampler_steps, generator, guidance as in `decode_latent`.
         """
-        self.check(n, n=n, eta=eta, steps=steps, **options)
+        rerank = self.setting("rerank", rerank if eta or rerank else 1)
+        self.check(n, n=n, eta=eta, guidance=guidance, rerank=rerank, steps=steps, **options)
         z_i, x_T = self.latent(open_image(image)[None], steps, progress)
         return self.decode_latent(z_i.expand(n, -1), x_T.expand(n, -1, -1, -1), eta=eta,
-                                  steps=steps, progress=progress, **options)
+                                  guidance=guidance, rerank=rerank, steps=steps, progress=progress,
+                                  **options)
 
     def interpolate(self, a, b, n=8, *, noise="slerp", steps=250, progress=False, **options):
         """n images on the way from a to b (see `open_image`): (n, 3, H, H).   Sec. 3.2
@@ -270,7 +282,8 @@ class UnCLIP:
             z_d = unit(z_t - z_t0),  z = slerp(z_i, z_d, theta),  theta = 0 ... strength; x_T stays
         -> (n, 3, H, H), from the image, decoded again, to the full edit; n = 1: the full edit.
         strength: the fraction of the angle between z_i and z_d, in the paper 0.25 to 0.5.
-        z_t and z_t0 are unit vectors. ValueError for equal captions.
+        z_t and z_t0 are unit vectors. options may name eta and rerank: with noise colours change
+        more readily, and places, too. ValueError for equal captions.
         """
         self.check(n, n=n, strength=strength, steps=steps, **options)
         z_t0, z_t = clip.unit(self.encode_text([source, target]).z_t.float()).split(1)   # (1, D)
@@ -350,6 +363,7 @@ class Sampling:
     """How a stack is sampled unless told otherwise. In the comments the paper's."""
     guidance: float = 2.0           # of the decoder, 1.25 to 4 (table 2, fig. 9)
     guidance_above: int = 0         # only at t above this (Kynkaanniemi et al. 2024); 0: always
+    refine: int = 0                 # predictions averaged in the end, see Decoder.refine; 0: none
     prior_guidance: float = 1.0     # "guiding the prior hurt results" (sec. 5.5)
     prior_steps: int = 64
     decoder_steps: int = 250
@@ -384,7 +398,7 @@ def toy():
         decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, out_channels=3,
                                                    channels=16, mults=(1, 1), groups=2),
                                 schedule="linear", predicts="x0", residual=True),
-        Sampling(guidance=2.0, guidance_above=300, prior_steps=1, decoder_steps=12,
+        Sampling(guidance=2.0, guidance_above=300, refine=4, prior_steps=1, decoder_steps=12,
                  upsampler_steps=(2, 2), temperature=0.2, candidates=1, rerank=4))
 
 
@@ -668,7 +682,7 @@ positive, seed = number(1, 10 ** 6), number(0, 2 ** 64 - 1)
 RANGES = {name: number(low, high, name) for low, high, names in (
     (1, 1000, "n rerank candidates steps prior_steps decoder_steps upsampler_steps"),
     (-100.0, 100.0, "guidance prior_guidance"), (-2.0, 2.0, "strength"), (0.0, 1.0, "eta"),
-    (0, 1000, "guidance_above"), (0.001, 100.0, "temperature")) for name in names.split()}
+    (0, 1000, "guidance_above refine"), (0.001, 100.0, "temperature")) for name in names.split()}
 
 
 def expect_finite(x, name):
@@ -804,6 +818,8 @@ SHARED = {
     "--upsampler-steps": dict(nargs="+", help="one number for each upsampler")}
 
 IMAGE, TEXT = dict(help="a file; its middle square is used"), dict(required=True, metavar="CAPTION")
+RERANK = dict(help="small images drawn for each; the one CLIP likes best is enlarged")
+ETA = dict(help="noise on the way, from 0, none, to 1")
 FEW = {"n": 8, "steps": 250, "guidance": 2.0}
 COMMANDS = {                                    # name: help, what draws, defaults, its own options
     "sample": ("captions to images", draw_sample, {"n": 1, "out": "out.png"}, {
@@ -812,10 +828,9 @@ COMMANDS = {                                    # name: help, what draws, defaul
         "--prior-guidance": dict(help="classifier-free guidance of the prior; 1 is none"),
         "--prior-steps": dict(help="of diffusion"),
         "--candidates": dict(help="embeddings drawn for each image; the best is kept"),
-        "--rerank": dict(help="small images drawn for each; the one CLIP likes best is enlarged")}),
-    "variations": ("images like an image (sec. 3.1)", UnCLIP.variations, FEW, {
-        "image": IMAGE,
-        "--eta": dict(default=0.2, help="noise on the way, from 0, none, to 1")}),
+        "--rerank": RERANK}),
+    "variations": ("images like an image (sec. 3.1)", UnCLIP.variations, FEW | {"guidance": 1.0}, {
+        "image": IMAGE, "--rerank": RERANK, "--eta": ETA | dict(default=0.2)}),
     "interpolate": ("from one image to another (sec. 3.2)", UnCLIP.interpolate, FEW, {
         "a": IMAGE, "b": IMAGE,
         "--noise": dict(default="slerp", choices=("slerp", "fixed"), help="fixed: one for all")}),
@@ -823,7 +838,8 @@ COMMANDS = {                                    # name: help, what draws, defaul
         "image": IMAGE,
         "--source": TEXT | dict(help="what the image shows"),
         "--target": TEXT | dict(help="what it shall show"),
-        "--strength": dict(default=0.5, help="how far the embedding is turned; 1 is all the way")}),
+        "--strength": dict(default=0.5, help="how far the embedding is turned; 1 is all the way"),
+        "--rerank": RERANK | dict(default=1), "--eta": ETA | dict(default=0.0)}),
     "inpaint": ("draw a part of an image anew", UnCLIP.inpaint, {"n": 4}, {
         "image": IMAGE, "caption": dict(help="what the whole image shall show"),
         "--mask": dict(required=True, help="an image of that size: what is white is drawn anew")})}

@@ -62,7 +62,8 @@ class Setting:
     upsample: str = ""                            # "network" or "bicubic": to the largest size
     sampler: dict = field(default_factory=dict)   # changed options of diffusion.sample
     bug: str = ""                                 # of extras/museum.py
-    eta: float = 0.0                              # this and the next three, of "image": DDIM's
+    eta: float = 0.0                              # this and the next four, of "image": DDIM's
+    guidance: float = 2.0                         # DDIM's
     edit: str = ""                                # the attribute that a text diff changes
     strength: float = 0.5                         # of the text diff
     components: int | None = None                 # so many principal components of z_i; x_T is new
@@ -125,7 +126,8 @@ def draw_captions(d):
         d.z_i = train_toy.embedding(d.artist, d.setting.condition, text, d.true, d.generator)
         if d.setting.n:
             x = d.artist.sample_decoder(d.z_i, text, generator=d.generator)
-            images.append(d.artist.rerank(x, d.captions, 1) if d.setting.rerank > 1 else x)
+            n = d.setting.rerank
+            images.append(d.artist.rerank(x, text.z_t[::n]) if n > 1 else x)
     return torch.stack(images, 1) if images else torch.empty(len(d.scenes), 0)
 
 
@@ -161,7 +163,9 @@ def draw_path(d):
 
 
 def decode(d, z_i, x_T):
-    return d.artist.decode_latent(z_i, x_T, eta=d.setting.eta, steps=STEPS, upsampler_steps=(),
+    s = d.setting
+    return d.artist.decode_latent(z_i, x_T, eta=s.eta, guidance=s.guidance, steps=STEPS,
+                                  rerank=s.rerank if s.eta else 1, upsampler_steps=(),
                                   generator=d.generator)
 
 
@@ -422,16 +426,19 @@ SAMPLERS = {"learned": {}, "fixed small": {"variance": "small"},
 FINDINGS = {
     "variations": Finding(
         "Fig. 3", "Variations: z_i stays, DDIM with eta forgets x_T",
-        {"eta": vary("eta", (0.0, 0.25, 0.5, 1.0), condition="image", n=2,
+        {"eta": vary("eta", (0.0, 0.2, 0.5, 1.0), condition="image", n=2, guidance=1.0, rerank=4,
                      measures=("accuracy", "differ", "diversity", "PSNR"))}, n=67),
     "interpolations": Finding(
         "Fig. 4", "Interpolations: z_i and x_T are turned together",
         {"": {"on the way": Setting("interpolation", 7, ("ends", "switch once"))}}, scenes=ONE),
     "text_diffs": Finding(
         "Fig. 5", "Text diffs: z_i is turned towards the difference of two captions",
-        {kind: vary("strength", (0.3, 0.4, 0.5, 0.6), condition="image", edit=kind,
-                    measures=("reached", "rest kept")) for kind in ("colour", "shape", "size")},
-        ("colour 0.5", "shape 0.5", "size 0.5"), scenes=ONE, n=67),
+        {f"{kind}{noise}": vary("strength", strengths, condition="image", edit=kind, eta=eta,
+                                rerank=4, measures=("reached", "rest kept"))
+         for noise, eta, strengths in (("", 0.0, (0.3, 0.4, 0.5, 0.6)), (", eta 0.5,", 0.5, (0.5,)))
+         for kind in ("colour", "shape", "size")},
+        tuple(f"{kind}{noise} 0.5" for noise in ("", ", eta 0.5,")
+              for kind in ("colour", "shape", "size")), scenes=ONE, n=67),
     "inpainting": Finding(
         "RePaint", "The part with the second object is drawn anew, with another colour or shape",
         {"": {kind: Setting("inpainting", edit=kind) for kind in ("colour", "shape")}},
@@ -460,8 +467,8 @@ FINDINGS = {
         scenes={"two": True, "keep": alike}),
     "samplers": Finding(
         "Sec. 2.2, app. C", "Samplers and their steps: of the decoder, and of the prior (z_i)",
-        {**{name: sampled("decoder_steps", (5, 10, 25, 50), sampler=how, **SHARP)
-            for name, how in SAMPLERS.items()},
+        {**{name: {k: Setting(sampling={"decoder_steps": k, "refine": 0}, sampler=how, **SHARP)
+                   for k in (5, 10, 25, 50)} for name, how in SAMPLERS.items()},
          **{name: sampled("prior_steps", (5, 10, 25, 50), sampler=how, n=0,
                           measures=("Frechet distance of z_i",)) for name, how in {
              "prior, analytic": {}, "prior, fixed small": {"variance": "small"}}.items()}},

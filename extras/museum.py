@@ -452,8 +452,8 @@ BUGS = {
         "[caption for caption in captions for _ in range(n)]",
         "[caption for _ in range(n) for caption in captions]", "the rows of a generator",
         "Candidates of one caption are ranked by another."),
-    "the_worst_first": Bug("unclip.UnCLIP.rerank", "topk(keep, dim=1)",
-        "topk(keep, dim=1, largest=False)", "best first", "The least fitting image is kept."),
+    "the_worst_one": Bug("unclip.UnCLIP.rerank", "argmax(1)", "argmin(1)", "the nearest, and",
+        "The least fitting image is kept."),
     "rounded_down": Bug("unclip.to_pil", ".round().byte()", ".byte()", "do not truncate", "NegPy "
         "PR 897 (fixed): pixels are cut off, not rounded; every image is half a level too dark."),
     "pixels_wrap_around": Bug("unclip.to_pil", "x.clamp(-1, 1)", "x", "clamp to [-1, 1]",

@@ -203,9 +203,33 @@ def test_guidance_in_an_interval_is_the_plain_network_at_small_t(model):
     assert rows[::2] == [16, 8, 8], "half the work below"
     a, b = (model.sample(Z_I, TEXT, 4, 4.0, seed(), guidance_above=above) for above in (0, 1000))
     assert torch.equal(b, model.sample(Z_I, TEXT, 4, 1.0, seed())) and not same(a, b)
-    a, b = (model.decode_latent(Z_I, X_T, TEXT, 3, guidance=4.0, guidance_above=above)
-            for above in (0, 1000))
-    assert not same(a, b), "DDIM has the same option"
+
+
+def test_refining_averages_predictions_from_new_noise_at_three_falling_timesteps(model):
+    x, generator, ab = X_T.clamp(-1, 1), seed(4), model.alphabar.float()
+    got = model.refine(x, Z_I, TEXT, 3, seed(4))
+    for t in (300, 200, 100):
+        eps = torch.randn(24, 3, 8, 8, generator=generator)
+        rows = []
+        for i, row in enumerate(x):
+            condition = Z_I[i:i + 1].expand(3, -1), TEXT.map(lambda v: v[[i] * 3])
+            x_t = ab[t].sqrt() * row + (1 - ab[t]).sqrt() * eps[3 * i:3 * i + 3]
+            out = model(x_t, t, *condition)[:, :3]
+            x0 = (x_t - (1 - ab[t]).sqrt() * out) / ab[t].sqrt()
+            rows.append(x0.clamp(-1, 1).mean(0))
+        x = torch.stack(rows)
+    assert same(got, x, 1e-5), "own condition, own noise, clamp, mean"
+    assert model.refine(X_T, Z_I, TEXT, 0) is X_T, "0: as it is"
+
+
+def test_refining_takes_the_error_away_that_the_predictions_do_not_share(model, monkeypatch):
+    """A network that errs by 0.5 times fresh noise: the mean of n predictions errs by 1/sqrt(n)."""
+    x, errors = torch.full((8, 3, 8, 8), 0.25), []
+    monkeypatch.setattr(diffusion, "to_x0", lambda ab, out, x_t, t, predicts:
+                        0.25 + 0.1 * torch.randn(x_t.shape, generator=seed(t)))
+    for draws in (4, 64):
+        errors.append(float((model.refine(x, Z_I, TEXT, draws, seed()) - x).square().mean().sqrt()))
+    assert abs(errors[0] - 0.05) < 0.004 and abs(errors[1] - 0.0125) < 0.001, errors
 
 
 @pytest.mark.parametrize("predicts", ["eps", "x0", "v"])

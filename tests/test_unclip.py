@@ -139,7 +139,7 @@ def test_every_image_of_a_batch_has_its_own_caption_and_embedding(stack):
 
 OPTIONS = {"guidance": 5.0, "prior_guidance": 5.0, "prior_steps": 2, "decoder_steps": 2,
            "upsampler_steps": (3, 3), "candidates": 4, "rerank": 3, "prior": "ar",
-           "guidance_above": 999, "temperature": 50.0}
+           "guidance_above": 999, "refine": 2, "temperature": 50.0}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -154,7 +154,7 @@ def test_no_option_of_sample_is_without_effect(stack, name):
         other.config = replace(stack.config, sampling=replace(stack.config.sampling, **value))
     changed = draws(stack, prior="ar") if name == "prior" else draws(other, **way)
     assert not same(draws(stack, **way), changed), f"{name} has no effect"
-    if name not in ("prior", "guidance_above", "temperature"):
+    if name not in ("prior", "guidance_above", "refine", "temperature"):
         assert torch.equal(draws(stack, **value), changed), "not given: as the weights have it"
 
 
@@ -167,16 +167,15 @@ def test_each_upsampler_takes_its_own_number_of_steps(stack, monkeypatch):
     assert taken == [("upsampler1", 27), ("upsampler2", 15)]
 
 
-def test_rerank_keeps_of_each_caption_the_images_nearest_to_it(stack):
+def test_rerank_keeps_of_each_caption_the_image_nearest_to_it(stack):
     images, captions = torch.rand(6, 3, 64, 64, generator=seed(0)) * 2 - 1, [CAPTION, OTHER]
-    kept = stack.rerank(images, captions, keep=2)
-    z_t = clip.unit(stack.encode_text(captions).z_t)
+    z_t = stack.encode_text(captions).z_t
+    kept = stack.rerank(images, 3 * z_t)
     for row in range(2):
         mine = images[3 * row:3 * row + 3]
-        score = [float(clip.unit(stack.encode_image(x[None]))[0] @ z_t[row]) for x in mine]
-        best = sorted(range(3), key=lambda i: -score[i])[:2]
-        assert all(torch.equal(a, mine[i]) for a, i in zip(kept[2 * row:2 * row + 2], best)), \
-            "best first, and only among the caption's own N in a row"
+        scores = [float(F.cosine_similarity(stack.encode_image(x[None]), z_t[row])) for x in mine]
+        best = mine[scores.index(max(scores))]
+        assert torch.equal(kept[row], best), "the nearest, and only among its own N in a row"
 
 
 def test_sampling_with_rerank_upsamples_the_one_that_clip_likes_best(stack):
@@ -184,7 +183,7 @@ def test_sampling_with_rerank_upsamples_the_one_that_clip_likes_best(stack):
     text = stack.encode_text([c for c in captions for _ in range(3)])
     z_i = stack.sample_prior(text, generator=generator)
     small = stack.sample_decoder(z_i, text, generator=generator)
-    want = stack.upsample(stack.rerank(small, captions, keep=1), generator=generator)
+    want = stack.upsample(stack.rerank(small, text.z_t[::3]), generator=generator)
     assert small.shape == (6, 3, 8, 8) and want.shape == (2, 3, 128, 128)
     assert torch.equal(draw(stack, captions, 5, rerank=3), want)
 
@@ -261,9 +260,22 @@ def test_variations_share_the_latent_and_differ_by_their_noise(stack, photo):
     still = stack.variations(photo, 2, eta=0.0, steps=4, upsampler_steps=())
     assert torch.equal(still[0], still[1]), "without noise they are all the reconstruction"
     assert same(still[:1], stack.decode_latent(*stack.latent(photo[None], 4), steps=4,
-                                               upsampler_steps=()))
+                                               guidance=1.0, upsampler_steps=())), "not guided"
     each = stack.variations(photo, 2, steps=4, generator=[seed(4), seed(5)])
     assert same(each[1:], stack.variations(photo, 1, steps=4, generator=seed(5)))
+
+
+def test_of_the_draws_of_a_variation_clip_keeps_the_one_nearest_to_the_image(stack, photo):
+    few = dict(eta=1.0, steps=4, upsampler_steps=())
+    draws = stack.variations(photo, 6, rerank=1, generator=seed(3), **few)
+    kept = stack.variations(photo, 2, rerank=3, generator=seed(3), **few)
+    z_i = stack.encode_image(photo[None])
+    for row in range(2):
+        mine = draws[3 * row:3 * row + 3]
+        best = F.cosine_similarity(stack.encode_image(mine), z_i).argmax()
+        assert same(kept[row], mine[best]), "the nearest of its own three"
+    with pytest.raises(ValueError, match="with eta 0 all draws of an image are alike"):
+        stack.variations(photo, 2, eta=0.0, rerank=3)
 
 
 def test_pixels_become_the_nearest_byte_and_do_not_wrap_around():
@@ -711,7 +723,8 @@ COMMAND_LINES = {
         low_memory=True, seed=7, guidance=3.0, steps=5, upsampler_steps=[2, 4], prior="ar",
         prior_guidance=2.0, prior_steps=4, candidates=6, rerank=8),
     "sample x": dict(n=1, out="out.png", prior="diffusion", seed=0, dtype="fp32", guidance=None),
-    "variations i": dict(image="i", eta=0.2, n=8, steps=250, guidance=2.0, out="variations.png"),
+    "variations i": dict(image="i", eta=0.2, rerank=None, n=8, steps=250, guidance=1.0,
+                         out="variations.png"),
     "interpolate i j": dict(a="i", b="j", noise="slerp", draw=unclip.UnCLIP.interpolate),
     "edit i --source x --target y": dict(image="i", source="x", target="y", strength=0.5),
     "inpaint i x --mask m": dict(image="i", caption="x", mask="m", n=4, steps=None)}
