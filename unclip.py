@@ -197,10 +197,11 @@ class UnCLIP:
             raise ValueError(f'expected the prior "diffusion" or "ar", got {prior!r}')
         if prior == "ar" and (given.get("prior_steps") or given.get("candidates")):
             raise ValueError("the AR prior has no prior_steps and no candidates; leave them out")
-        if given.get("eta") == 0 and given.get("rerank", 1) > 1:
+        choose = (given.get("rerank") or 1) > 1
+        if prior is None and choose and not given.get("eta"):
             raise ValueError("with eta 0 all draws of an image are alike; leave rerank out")
 
-        needed = {f"{prior}_prior": prior, "CLIP image encoder": given.get("rerank", 1) > 1,
+        needed = {f"{prior}_prior": prior, "CLIP image encoder": choose,
                   "upsampler1": steps, "upsampler2": len(steps) > 1}
         self.expect_parts(*(name for name, used in needed.items() if used))
 
@@ -222,10 +223,8 @@ class UnCLIP:
         guidance 1 (and eta 0) inverts `latent`. Of `rerank` draws CLIP chooses, see `rerank`.
         """
         z, x_T = z_i.repeat_interleave(rerank, 0), x_T.repeat_interleave(rerank, 0)
-        part, null = self.part("decoder"), self.no_caption(len(z))
-        x = part.decode_latent(z, x_T, null, steps, eta, guidance, generator,
-                               "images" if progress else None)
-        x = part.refine(x, z, null, self.config.sampling.refine, generator)
+        x = self.part("decoder").decode_latent(z, x_T, self.no_caption(len(z)), steps, eta,
+                                               guidance, generator, "images" if progress else None)
         x = expect_finite(x, "the decoder")
         x = self.rerank(x, z_i) if rerank > 1 else x
         return self.upsample(x, upsampler_steps, generator, progress)

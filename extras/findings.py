@@ -473,6 +473,10 @@ FINDINGS = {
                           measures=("Frechet distance of z_i",)) for name, how in {
              "prior, analytic": {}, "prior, fixed small": {"variance": "small"}}.items()}},
         tuple(f"{name} {k}" for name in SAMPLERS for k in (10, 50)), curves=True),
+    "refinement": Finding(
+        "(ours)", "Predictions of x0 averaged after sampling, see Decoder.refine",
+        {"averaged": sampled("refine", (0, 1, 2, 4, 8), condition="diffusion prior",
+                             upsample="network", measures=("accuracy", "IoU"))}),
     "clip_guided": Finding(
         "Sec. 6", "Gradient ascent on CLIP's similarity, and unCLIP",
         {"": vary("condition", ("gradient ascent on CLIP", "diffusion prior"),

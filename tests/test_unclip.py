@@ -274,8 +274,9 @@ def test_of_the_draws_of_a_variation_clip_keeps_the_one_nearest_to_the_image(sta
         mine = draws[3 * row:3 * row + 3]
         best = F.cosine_similarity(stack.encode_image(mine), z_i).argmax()
         assert same(kept[row], mine[best]), "the nearest of its own three"
-    with pytest.raises(ValueError, match="with eta 0 all draws of an image are alike"):
-        stack.variations(photo, 2, eta=0.0, rerank=3)
+    for way, more in (("variations", {"eta": 0.0}), ("text_diff", {}), ("interpolate", {})):
+        with pytest.raises(ValueError, match="with eta 0 all draws of an image are alike"):
+            WAYS[way](stack, photo, n=2, rerank=3, **more)
 
 
 def test_pixels_become_the_nearest_byte_and_do_not_wrap_around():
@@ -310,6 +311,9 @@ def test_a_text_diff_turns_the_embedding_by_the_stated_angle_and_keeps_the_noise
         z = unclip.slerp(z_i, clip.unit(z_t - z_t0), torch.tensor(theta))
         assert same(x, stack.decode_latent(z, x_T, **few)[0]), "towards the target, not back"
     assert same(stack.text_diff(photo, *words, 1, 0.4, **few)[0], path[-1]), "n = 1: the full edit"
+    a, b = (stack.text_diff(photo, *words, 1, 0.4, eta=1.0, rerank=k, generator=seed(2), **few)
+            for k in (1, 4))
+    assert not same(a, path[-1:]) and not same(a, b), "eta and rerank have an effect"
     with pytest.raises(ValueError, match="different captions"):
         stack.text_diff(photo, OTHER, OTHER, 1)
 
