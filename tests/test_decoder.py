@@ -223,7 +223,7 @@ def test_refining_averages_predictions_from_new_noise_at_three_falling_timesteps
 
 
 def test_refining_takes_the_error_away_that_the_predictions_do_not_share(model, monkeypatch):
-    """A network that errs by 0.5 times fresh noise: the mean of n predictions errs by 1/sqrt(n)."""
+    """A network that errs by 0.1 times fresh noise: the mean of n predictions errs by 1/sqrt(n)."""
     x, errors = torch.full((8, 3, 8, 8), 0.25), []
     monkeypatch.setattr(diffusion, "to_x0", lambda ab, out, x_t, t, predicts:
                         0.25 + 0.1 * torch.randn(x_t.shape, generator=seed(t)))

@@ -730,7 +730,8 @@ COMMAND_LINES = {
     "variations i": dict(image="i", eta=0.2, rerank=None, n=8, steps=250, guidance=1.0,
                          out="variations.png"),
     "interpolate i j": dict(a="i", b="j", noise="slerp", draw=unclip.UnCLIP.interpolate),
-    "edit i --source x --target y": dict(image="i", source="x", target="y", strength=0.5),
+    "edit i --source x --target y": dict(image="i", source="x", target="y", strength=0.5, eta=0.0,
+                                         rerank=1),
     "inpaint i x --mask m": dict(image="i", caption="x", mask="m", n=4, steps=None)}
 
 
