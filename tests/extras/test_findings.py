@@ -15,7 +15,8 @@ import train_toy
 import unclip
 from findings import Setting
 
-QUICK = {"priors_cost", "binding", "clip_guided"}                      # also with fresh weights
+QUICK = {"fresh": {"priors_cost", "binding", "clip_guided"},            # the others are long
+         "committed": {*findings.FINDINGS} - {"refinement"}}             # which enlarges all images
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def weights(request, toy, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, weights", [
-    pytest.param(name, kind, marks=() if kind == "committed" or name in QUICK else pytest.mark.long)
+    pytest.param(name, kind, marks=() if name in QUICK[kind] else pytest.mark.long)
     for name in findings.FINDINGS for kind in ("committed", "fresh")], indirect=["weights"])
 def test_every_finding_draws_a_figure_and_gives_numbers_even_if_nothing_was_learnt(
         name, weights, tmp_path, capsys):
