@@ -130,20 +130,22 @@ class Decoder(nn.Module):
         """Images (B, 3, size, size) with less of the network's error (test-time ensembling).
 
         At t = 0.3 T, 0.2 T, 0.1 T x becomes the mean of `draws` predictions of x0, each from x and
-        new noise: they share the image, not the error. draws = 0 leaves x as it is.
+        new noise: they share the image, not the error. They are conditional, not guided. draws = 0
+        leaves x as it is.
         """
+        if draws == 0:
+            return x
+
         def rows(x):
             return x.repeat_interleave(draws, 0)
 
-        if draws == 0:
-            return x
-        z_i, text, T = rows(z_i), text.map(rows), self.config.T
-        for t in (3 * T // 10, T // 5, T // 10):
-            x = rows(x)                                                    # (B draws, ...)
+        z_i, text = rows(z_i), text.map(rows)                              # (B draws, ...)
+        for t in (max(1, tenths * self.config.T // 10) for tenths in (3, 2, 1)):
+            x = rows(x)
             x_t = diffusion.q_sample(self.alphabar, x, t, diffusion.noise_like(x, generator))
             out = diffusion.split_variance(self(x_t, t, z_i, text), x_t)[0]
             x0 = diffusion.to_x0(self.alphabar, out, x_t, t, self.config.predicts).clamp(-1, 1)
-            x = x0.unflatten(0, (-1, draws)).mean(1)
+            x = x0.unflatten(0, (-1, draws)).mean(1)                       # (B, ...)
         return x
 
     def null(self, text):

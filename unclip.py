@@ -241,8 +241,9 @@ class UnCLIP:
                    progress=False, **options):
         """n images that share what CLIP sees in one (see `open_image`): (n, 3, H, H).   Sec. 3.1
 
-        The latent is kept; DDIM adds noise on its way, more with a larger eta in [0, 1]. Of
-        `rerank` draws of each the one nearest to z_i by CLIP is kept (None: see `Sampling`).
+        The latent is kept; DDIM adds noise on its way, more with a larger eta in [0, 1]; at eta 0,
+        without guidance, the image itself comes back. Of `rerank` draws of each the one nearest to
+        z_i by CLIP is kept (None: see `Sampling`).
         options, here and below: upsampler_steps, generator, guidance as in `decode_latent`.
         """
         rerank = self.setting("rerank", rerank if eta or rerank else 1)

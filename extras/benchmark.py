@@ -153,7 +153,7 @@ def sampling_step(name, part, s, B):
     """-> (do one step of sampling, how many steps it takes), for one part of a stack.
 
     The part's own `sample` runs up to its loop. Of s.rerank small images one is upsampled; what
-    CLIP takes to choose it, and Decoder.refine, is not counted.
+    CLIP takes to choose it, and Decoder.refine, are not counted.
     """
     def stop(network, alphabar, x, timesteps, **options):
         raise Started(network, x, timesteps)
