@@ -79,10 +79,11 @@ class Decoder(nn.Module):
         """x0 (B, 3, H, W) in [-1, 1] -> (B,).   Sec. 2.1; L_hybrid of IDDPM eq. 16
 
         For classifier-free guidance z_i (unit vectors) is null_image in 10 %, and text.drop(keep)
-        drops 50 %: rows are kept where torch.rand >= the rate. self(x_t, t, z_i, text) predicts.
+        drops config.drop_text: rows are kept where torch.rand >= the rate. self(x_t, t, z_i, text)
+        predicts.
         """
         keep_z = torch.rand(len(x0), 1, device=x0.device) >= 0.1
-        keep_text = torch.rand(len(x0), device=x0.device) >= 0.5
+        keep_text = torch.rand(len(x0), device=x0.device) >= self.config.drop_text
         z_i, text = torch.where(keep_z, z_i, self.null_image), text.drop(keep_text)
         return diffusion.loss(lambda x_t, t: self(x_t, t, z_i, text), self.alphabar, x0,
                               self.config.predicts, t)
@@ -454,6 +455,7 @@ class DecoderConfig:
     text_layers: int = 2            # 24; 0: CLIP's hidden states instead (toy)
     text_heads: int = 2             # 32
     text_width: int = 128           # of CLIP's hidden states (where text_layers is 0)
+    drop_text: float = 0.5          # of the captions in training; the toy: 0.25
     T: int = 1000
     schedule: str = "cosine"        # the noise schedule: cosine, linear
     predicts: str = "eps"           # eps, x0 or v; the toy: "v"

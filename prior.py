@@ -168,7 +168,7 @@ class ARPriorConfig:
     vocab_size: int = 600           # 16384
     context: int = 20               # L caption tokens, 256
     text_width: int = 128           # 2048
-    text_layers: int = 2            # 24
+    text_layers: int = 1            # 24
     text_heads: int = 2             # 32
     width: int = 128                # 1664
     layers: int = 3                 # 24

@@ -393,7 +393,7 @@ def toy():
         clip.CLIPConfig(embed_dim=64, context=20, activation="gelu",
                         pixel_mean=(1.0,) * 3, pixel_std=(0.33,) * 3),           # white is 0
         prior.DiffusionPriorConfig(), prior.ARPriorConfig(),        # sizes stand in the classes
-        decoder.DecoderConfig(text_layers=0, predicts="v"),         # CLIP reads the caption for it
+        decoder.DecoderConfig(text_layers=0, predicts="v", drop_text=0.25),    # CLIP reads for it
         decoder.UpsamplerConfig(predicts="x0", residual=True),
         decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, out_channels=3,
                                                    channels=16, mults=(1, 1), groups=2),
