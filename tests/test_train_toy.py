@@ -307,6 +307,19 @@ def test_the_toys_decoder_has_logit_normal_timesteps_the_papers_uniform_ones(wor
     assert given[0].shape == (8,) and given[1] is None, "None: diffusion.loss draws uniform ones"
 
 
+def test_the_decoders_projections_of_z_i_start_white(world):
+    config, data = world
+    part = train_toy.fresh_part("decoder", train_toy.TOY["decoder"], data, config, 0)
+    out = part.image_tokens(data.z_i).detach()
+    assert abs(out.mean()) < 1e-3 and 0.2 < out.std(0).mean() < 1.5
+    plain = nn.Linear(*part.image_tokens.weight.shape[::-1])(data.z_i).detach()
+    assert out.std(0).mean() > 3 * plain.std(0).mean()
+    alike = copy.copy(data)
+    alike.z_i = data.z_i[:1].expand_as(data.z_i)
+    part = train_toy.fresh_part("decoder", train_toy.TOY["decoder"], alike, config, 0)
+    assert part.image_tokens(data.z_i).isfinite().all(), "images may all be alike"
+
+
 def test_clip_starts_from_sinusoidal_positions_of_rows_and_columns(world):
     part = train_toy.fresh_part("clip", train_toy.TOY["clip"], world[1], world[0], 0)
     pos, words = part.image.pos.data[1:] / 0.3, part.text.pos.data / 0.1
@@ -434,7 +447,7 @@ def test_the_papers_recipes_are_those_of_its_table_3(name):
     r = train_toy.PAPER[name]
     assert (r.batch, r.steps, r.lr, r.weight_decay, r.beta2, r.eps, r.ema) == TABLE_3[name]
     plain = train_toy.Recipe(r.steps, r.batch, r.lr)
-    for toys in ("muon", "logit_normal", "uniformity", "sinusoidal", "sam"):
+    for toys in ("muon", "logit_normal", "uniformity", "start", "sam"):
         assert getattr(r, toys) == getattr(plain, toys), f"{toys} is not in the paper"
     assert (r.cosine, r.warmup) == ((True, 2000) if name == "clip" else (False, 0))
 
