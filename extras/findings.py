@@ -677,7 +677,8 @@ def bounds(args):
     x = render_many(scenes, model.config.decoder.unet.size).flatten(1)
     z = model.part("diffusion_prior").scale(model.encode_image(render_many(scenes, 64))).cpu()
 
-    for name, data, dropped in (("diffusion_prior", z, 0.1), ("decoder", x, 0.05)):
+    neither = 0.1 * model.config.decoder.drop_text
+    for name, data, dropped in (("diffusion_prior", z, 0.1), ("decoder", x, neither)):
         part = model.parts[name]
         times = torch.linspace(1, part.config.T, 16).long()
         if train_toy.TOY[name].logit_normal:
