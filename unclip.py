@@ -207,24 +207,29 @@ class UnCLIP:
 
     # ---- sec. 3: what one can do with an image once it is an embedding, and noise
 
-    def latent(self, images, steps=250, progress=False):
+    def latent(self, images, steps=250, progress=False, text=None):
         """The bipartite latent of images (B, 3, S, S): z_i (B, D), what CLIP sees in them, and
         x_T (B, 3, h, h), all the rest that it takes to draw them again.   Sec. 3
+
+        text: their captions, from `encode_text`, or None: without.
         """
         z_i, size = self.encode_image(images).float(), self.config.decoder.unet.size
         part, x = self.part("decoder"), F.interpolate(images, (size, size), mode="area")
+        text = self.no_caption(len(x)) if text is None else text
         z_i, bar = part.scale(z_i), "inverting" if progress else None
-        return z_i, part.invert(x.to(self.device), z_i, self.no_caption(len(x)), steps, bar)
+        return z_i, part.invert(x.to(self.device), z_i, text, steps, bar)
 
-    def decode_latent(self, z_i, x_T, *, eta=0.0, guidance=2.0, steps=250, rerank=1,
+    def decode_latent(self, z_i, x_T, *, text=None, eta=0.0, guidance=1.0, steps=250, rerank=1,
                       upsampler_steps=None, generator=None, progress=False):
         """The way back -> images (B, 3, H, H) in [-1, 1]; with eta = 1 little of x_T is left.
 
         guidance 1 (and eta 0) inverts `latent`. Of `rerank` draws CLIP chooses, see `rerank`.
         """
         z, x_T = z_i.repeat_interleave(rerank, 0), x_T.repeat_interleave(rerank, 0)
-        x = self.part("decoder").decode_latent(z, x_T, self.no_caption(len(z)), steps, eta,
-                                               guidance, generator, "images" if progress else None)
+        text = self.no_caption(len(z_i)) if text is None else text
+        text = text.map(lambda x: x.repeat_interleave(rerank, 0))
+        x = self.part("decoder").decode_latent(z, x_T, text, steps, eta, guidance, generator,
+                                               "images" if progress else None)
         x = expect_finite(x, "the decoder")
         x = self.rerank(x, z_i) if rerank > 1 else x
         return self.upsample(x, upsampler_steps, generator, progress)
@@ -237,8 +242,8 @@ class UnCLIP:
         states = torch.zeros(B, c.context, c.text_width, device=device)
         return self.part("decoder").null(clip.Text(tokens, tokens.bool(), z_t, states))
 
-    def variations(self, image, n=8, eta=0.2, *, guidance=1.0, rerank=None, steps=250,
-                   progress=False, **options):
+    def variations(self, image, n=8, eta=0.2, *, rerank=None, steps=250, progress=False,
+                   **options):
         """n images that share what CLIP sees in one (see `open_image`): (n, 3, H, H).   Sec. 3.1
 
         The latent is kept; DDIM adds noise on its way, more with a larger eta in [0, 1]; at eta 0,
@@ -247,11 +252,10 @@ class UnCLIP:
         options, here and below: upsampler_steps, generator, guidance as in `decode_latent`.
         """
         rerank = self.setting("rerank", rerank if eta or rerank else 1)
-        self.check(n, n=n, eta=eta, guidance=guidance, rerank=rerank, steps=steps, **options)
+        self.check(n, n=n, eta=eta, rerank=rerank, steps=steps, **options)
         z_i, x_T = self.latent(open_image(image)[None], steps, progress)
         return self.decode_latent(z_i.expand(n, -1), x_T.expand(n, -1, -1, -1), eta=eta,
-                                  guidance=guidance, rerank=rerank, steps=steps, progress=progress,
-                                  **options)
+                                  rerank=rerank, steps=steps, progress=progress, **options)
 
     def interpolate(self, a, b, n=8, *, noise="slerp", steps=250, progress=False, **options):
         """n images on the way from a to b (see `open_image`): (n, 3, H, H).   Sec. 3.2
@@ -275,26 +279,28 @@ class UnCLIP:
         return self.decode_latent(slerp(z_a, z_b, fraction), x_T, steps=steps, progress=progress,
                                   **options)
 
-    def text_diff(self, image, source, target, n=8, strength=0.5, *, steps=250, progress=False,
-                  **options):
+    def text_diff(self, image, source, target, n=8, strength=0.5, *, guidance=2.0, steps=250,
+                  progress=False, **options):
         """Edit an image: what it shows (source), what it shall show (target).   Sec. 3.3
 
             z_d = unit(z_t - z_t0),  z = slerp(z_i, z_d, theta),  theta = 0 ... strength; x_T stays
         -> (n, 3, H, H), from the image, decoded again, to the full edit; n = 1: the full edit.
         strength: the fraction of the angle between z_i and z_d, in the paper 0.25 to 0.5.
-        z_t and z_t0 are unit vectors. options may name eta and rerank: with noise colours change
-        more readily, and places, too. ValueError for equal captions.
+        z_t and z_t0 are unit vectors. The decoder reads captions, too: the source on the way to x_T
+        and for the first half of the images, else the target.   ValueError for equal captions
         """
-        self.check(n, n=n, strength=strength, steps=steps, **options)
-        z_t0, z_t = clip.unit(self.encode_text([source, target]).z_t.float()).split(1)   # (1, D)
+        self.check(n, n=n, strength=strength, guidance=guidance, steps=steps, **options)
+        text = self.encode_text([source, target])
+        z_t0, z_t = clip.unit(text.z_t.float()).split(1)                                 # (1, D)
         if (z_t - z_t0).norm() < 1e-6:
             raise ValueError(f"expected two different captions, got {source!r} and {target!r}")
-        z_i, x_T = self.latent(open_image(image)[None], steps, progress)
+        z_i, x_T = self.latent(open_image(image)[None], steps, progress, text.map(lambda x: x[:1]))
 
         theta = torch.linspace(0, strength, max(2, n), device=self.device)[-n:, None]    # (n, 1)
         z = slerp(z_i, clip.unit(z_t - z_t0) * z_i.norm(), theta)                        # (n, D)
-        return self.decode_latent(z, x_T.expand(n, -1, -1, -1), steps=steps, progress=progress,
-                                  **options)
+        text = text.map(lambda x: x[[0] * (n // 2) + [1] * (n - n // 2)])                # n rows
+        return self.decode_latent(z, x_T.expand(n, -1, -1, -1), text=text, guidance=guidance,
+                                  steps=steps, progress=progress, **options)
 
     def inpaint(self, image, mask, caption, n=4, *, guidance=None, steps=None, upsampler_steps=None,
                 generator=None, progress=False):
@@ -819,8 +825,7 @@ SHARED = {
 
 IMAGE, TEXT = dict(help="a file; its middle square is used"), dict(required=True, metavar="CAPTION")
 RERANK = dict(help="small images drawn for each; the one CLIP likes best is enlarged")
-ETA = dict(help="noise on the way, from 0, none, to 1")
-FEW = {"n": 8, "steps": 250, "guidance": 2.0}
+FEW = {"n": 8, "steps": 250, "guidance": 1.0}
 COMMANDS = {                                    # name: help, what draws, defaults, its own options
     "sample": ("captions to images", draw_sample, {"n": 1, "out": "out.png"}, {
         "captions": dict(nargs="+", metavar="CAPTION", help="-n images are drawn of each"),
@@ -829,17 +834,17 @@ COMMANDS = {                                    # name: help, what draws, defaul
         "--prior-steps": dict(help="of diffusion"),
         "--candidates": dict(help="embeddings drawn for each image; the best is kept"),
         "--rerank": RERANK}),
-    "variations": ("images like an image (sec. 3.1)", UnCLIP.variations, FEW | {"guidance": 1.0}, {
-        "image": IMAGE, "--rerank": RERANK, "--eta": ETA | dict(default=0.2)}),
+    "variations": ("images like an image (sec. 3.1)", UnCLIP.variations, FEW, {
+        "image": IMAGE, "--rerank": RERANK,
+        "--eta": dict(default=0.2, help="noise on the way, from 0, none, to 1")}),
     "interpolate": ("from one image to another (sec. 3.2)", UnCLIP.interpolate, FEW, {
         "a": IMAGE, "b": IMAGE,
         "--noise": dict(default="slerp", choices=("slerp", "fixed"), help="fixed: one for all")}),
-    "edit": ("change an image by words (sec. 3.3)", UnCLIP.text_diff, FEW, {
+    "edit": ("change an image by words (sec. 3.3)", UnCLIP.text_diff, FEW | {"guidance": 2.0}, {
         "image": IMAGE,
         "--source": TEXT | dict(help="what the image shows"),
         "--target": TEXT | dict(help="what it shall show"),
-        "--strength": dict(default=0.5, help="how far the embedding is turned; 1 is all the way"),
-        "--rerank": RERANK | dict(default=1), "--eta": ETA | dict(default=0.0)}),
+        "--strength": dict(default=0.5, help="how far the embedding is turned; 1 is all the way")}),
     "inpaint": ("draw a part of an image anew", UnCLIP.inpaint, {"n": 4}, {
         "image": IMAGE, "caption": dict(help="what the whole image shall show"),
         "--mask": dict(required=True, help="an image of that size: what is white is drawn anew")})}

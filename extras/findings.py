@@ -46,6 +46,7 @@ from train_toy import Object, Scene, caption, plt, render_many, stated
 
 STEPS = 25                                        # of DDIM, each way
 GROUPS = 300                                      # of the training set to compare with, a scene
+KINDS = ("colour", "shape", "size")               # attributes of an object
 
 # ---------------------------------------------------------------- a setting, and what it draws
 
@@ -63,7 +64,7 @@ class Setting:
     sampler: dict = field(default_factory=dict)   # changed options of diffusion.sample
     bug: str = ""                                 # of extras/museum.py
     eta: float = 0.0                              # this and the next four, of "image": DDIM's
-    guidance: float = 2.0                         # DDIM's
+    guidance: float = 1.0                         # DDIM's
     edit: str = ""                                # the attribute that a text diff changes
     strength: float = 0.5                         # of the text diff
     components: int | None = None                 # so many principal components of z_i; x_T is new
@@ -133,8 +134,11 @@ def draw_captions(d):
 
 def draw_image(d):
     """From the bipartite latents of true images: varied, edited, or of few components.   Sec. 3"""
-    d.z_i = clip.unit(d.model.encode_image(d.true))
-    if d.setting.components is None:
+    d.z_i, text = clip.unit(d.model.encode_image(d.true)), None
+    if d.setting.edit:
+        source, text = (d.artist.encode_text(x) for x in (d.captions, list(map(caption, d.targets))))
+        x_T = d.artist.latent(d.true, STEPS, text=source)[1]
+    elif d.setting.components is None:
         x_T = d.artist.latent(d.true, STEPS)[1]
     else:
         mean, basis = components(d.model, 100 * len(d.scenes))
@@ -142,12 +146,11 @@ def draw_image(d):
         d.z_i = clip.unit(mean + (d.z_i - mean) @ basis @ basis.T)
         x_T = diffusion.noise_like(torch.empty(len(d.z_i), 3, d.size, d.size), d.generator)
 
-    # not UnCLIP.difference, which refuses captions that CLIP has not learnt to tell apart
+    # not UnCLIP.text_diff, which is of one image
     if d.setting.edit:
-        z_t0, z_t = (clip.unit(d.artist.encode_text(texts).z_t)
-                     for texts in (d.captions, [caption(target) for target in d.targets]))
-        d.z_i = unclip.slerp(d.z_i, clip.unit(z_t - z_t0), d.setting.strength)
-    return torch.stack([decode(d, d.z_i, x_T) for _ in range(d.setting.n)], 1)
+        z_d = clip.unit(clip.unit(text.z_t) - clip.unit(source.z_t))
+        d.z_i = unclip.slerp(d.z_i, z_d, d.setting.strength)
+    return torch.stack([decode(d, d.z_i, x_T, text) for _ in range(d.setting.n)], 1)
 
 
 def draw_path(d):
@@ -162,9 +165,9 @@ def draw_path(d):
     return torch.stack(images, 1)                                          # (B / 2, n, 3, h, h)
 
 
-def decode(d, z_i, x_T):
+def decode(d, z_i, x_T, text=None):
     s = d.setting
-    return d.artist.decode_latent(z_i, x_T, eta=s.eta, guidance=s.guidance, steps=STEPS,
+    return d.artist.decode_latent(z_i, x_T, text=text, eta=s.eta, guidance=s.guidance, steps=STEPS,
                                   rerank=s.rerank if s.eta else 1, upsampler_steps=(),
                                   generator=d.generator)
 
@@ -283,7 +286,7 @@ def fits(target, seen):
         return train_toy.agrees(target, seen)
     return len(target.objects) == len(seen.objects) and any(
         all(getattr(a, name) in ("", getattr(b, name)) for a, b in zip(target.objects, order)
-            for name in ("colour", "shape", "size"))
+            for name in KINDS)
         for order in itertools.permutations(seen.objects))
 
 
@@ -307,15 +310,14 @@ def differ(a, b):
         for s, t in zip(a.canonical().objects, b.canonical().objects))
 
 
-def switch_once(d):
-    """How many of the attributes in which the ends differ change exactly once on the way."""
+def switches_once(d, name):
+    """Where the ends differ in an attribute, how often it changes exactly once on the way."""
     once = []
     for (a, b), row in zip(d.scenes, d.seen):
-        for name in ("colour", "shape", "size"):
-            first, last = attribute(a, name), attribute(b, name)
-            way, n = [attribute(scene, name) for scene in row], len(row)
-            if first != last:
-                once.append(any(way == [first] * i + [last] * (n - i) for i in range(1, n)))
+        first, last, n = attribute(a, name), attribute(b, name), len(row)
+        if first != last:
+            way = [attribute(scene, name) for scene in row]
+            once.append(any(way == [first] * i + [last] * (n - i) for i in range(1, n)))
     return mean(once)
 
 
@@ -365,12 +367,12 @@ COUNTED = {                                       # fractions, printed in %
     "differ": lambda d: mean([differ(*row) for row in d.seen]),
     "swapped": lambda d: mean([train_toy.agrees(train_toy.swaps(a)[1], b) for a, b in d.pairs]),
     "reached": lambda d: right(d, d.setting.edit),
-    "rest kept": lambda d: right(d, *({"colour", "shape", "size"} - {d.setting.edit})),
+    "rest kept": lambda d: right(d, *({*KINDS} - {d.setting.edit})),
     "ends": lambda d: mean([fits(stated(end), x) for ends, row in zip(d.scenes, d.seen)
                             for end, x in zip(ends, (row[0], row[-1]))]),
-    "switch once": switch_once,
+    **{f"{name} switches once": functools.partial(switches_once, name=name) for name in KINDS},
     **{name: functools.partial(lambda name, d: right(d, name), name)
-       for name in ("number", "relation", "colour", "shape", "size")}}
+       for name in ("number", "relation", *KINDS)}}
 MEASURES = COUNTED | {
     "diversity": diversity, "PSNR": psnr, "MFLOP": mflop,
     "Frechet distance": lambda d: to_true_images(d, d.z),
@@ -426,26 +428,24 @@ SAMPLERS = {"learned": {}, "fixed small": {"variance": "small"},
 FINDINGS = {
     "variations": Finding(
         "Fig. 3", "Variations: z_i stays, DDIM with eta forgets x_T",
-        {"eta": vary("eta", (0.0, 0.2, 0.5, 1.0), condition="image", n=2, guidance=1.0, rerank=4,
+        {"eta": vary("eta", (0.0, 0.2, 0.5, 1.0), condition="image", n=2, rerank=4,
                      measures=("accuracy", "differ", "diversity", "PSNR"))}, n=67),
     "interpolations": Finding(
         "Fig. 4", "Interpolations: z_i and x_T are turned together",
-        {"": {"on the way": Setting("interpolation", 7, ("ends", "switch once"))}}, scenes=ONE),
+        {"": {"on the way": Setting("interpolation", 7, (
+            "ends", *(f"{kind} switches once" for kind in KINDS)))}}, scenes=ONE, n=100),
     "text_diffs": Finding(
         "Fig. 5", "Text diffs: z_i is turned towards the difference of two captions",
-        {f"{kind}{noise}": vary("strength", strengths, condition="image", edit=kind, eta=eta,
-                                rerank=4, measures=("reached", "rest kept"))
-         for noise, eta, strengths in (("", 0.0, (0.3, 0.4, 0.5, 0.6)), (", eta 0.5,", 0.5, (0.5,)))
-         for kind in ("colour", "shape", "size")},
-        tuple(f"{kind}{noise} 0.5" for noise in ("", ", eta 0.5,")
-              for kind in ("colour", "shape", "size")), scenes=ONE, n=67),
+        {kind: vary("strength", (0.3, 0.4, 0.5, 0.6), condition="image", edit=kind, guidance=2.0,
+                    measures=("reached", "rest kept")) for kind in KINDS},
+        tuple(f"{kind} 0.5" for kind in KINDS), scenes=ONE, n=67),
     "inpainting": Finding(
         "RePaint", "The part with the second object is drawn anew, with another colour or shape",
         {"": {kind: Setting("inpainting", edit=kind) for kind in ("colour", "shape")}},
         scenes={"two": True, "keep": lambda scene: scene.relation in ("left of", "above")}),
     "pca": Finding(
         "Fig. 7", "Decoded from the first k principal components of z_i",
-        {"k =": vary("components", (0, 1, 2, 4, 6, 9, 14, 64), condition="image",
+        {"k =": vary("components", (0, 1, 2, 4, 6, 9, 14, 64), condition="image", guidance=2.0,
                      measures=("number", "colour", "relation", "size", "shape"))},
         ("k = 0", "k = 6", "k = 14", "k = 64")),
     "prior": Finding(
