@@ -211,7 +211,7 @@ class UnCLIP:
         """The bipartite latent of images (B, 3, S, S): z_i (B, D), what CLIP sees in them, and
         x_T (B, 3, h, h), all the rest that it takes to draw them again.   Sec. 3
 
-        text: their captions, from `encode_text`, or None: without.
+        text: their captions, as `encode_text` returns them; None: the null condition.
         """
         z_i, size = self.encode_image(images).float(), self.config.decoder.unet.size
         part, x = self.part("decoder"), F.interpolate(images, (size, size), mode="area")
@@ -223,7 +223,7 @@ class UnCLIP:
                       upsampler_steps=None, generator=None, progress=False):
         """The way back -> images (B, 3, H, H) in [-1, 1]; with eta = 1 little of x_T is left.
 
-        guidance 1 (and eta 0) inverts `latent`. Of `rerank` draws CLIP chooses, see `rerank`.
+        Guidance 1, eta 0 and the same text invert `latent`. Of `rerank` draws CLIP chooses one.
         """
         z, x_T = z_i.repeat_interleave(rerank, 0), x_T.repeat_interleave(rerank, 0)
         text = self.no_caption(len(z_i)) if text is None else text
@@ -287,7 +287,7 @@ class UnCLIP:
         -> (n, 3, H, H), from the image, decoded again, to the full edit; n = 1: the full edit.
         strength: the fraction of the angle between z_i and z_d, in the paper 0.25 to 0.5.
         z_t and z_t0 are unit vectors. The decoder reads captions, too: the source on the way to x_T
-        and for the first half of the images, else the target.   ValueError for equal captions
+        and for the first n // 2 images, then the target.   ValueError for equal captions
         """
         self.check(n, n=n, strength=strength, guidance=guidance, steps=steps, **options)
         text = self.encode_text([source, target])
