@@ -278,7 +278,7 @@ def worst_nearby(weights, rho):
 
 
 def toy_start(name, part, data):
-    """Initial weights from the data."""
+    """Initial weights: of CLIP's positions, and of the decoder's projections of z_i."""
     if name == "clip":
         # sinusoidal positions, so that neighbours are alike; without: CLIP 96.8
         n, W = part.config.image_size // part.config.patch, part.config.image_width

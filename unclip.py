@@ -185,9 +185,10 @@ class UnCLIP:
         n = len(self.config.sampling.upsampler_steps)
         if not isinstance(steps, (tuple, list)) or len(steps) not in (0, n):
             raise ValueError(f"expected {n} upsampler_steps, one for each upsampler, got {steps}")
+        names = RANGES if prior else ("n", "steps", "eta", "guidance", "rerank", "upsampler_steps")
         for name, value in [*given.items(), *(("upsampler_steps", k) for k in steps)]:
-            if name not in RANGES:
-                raise TypeError(f"there is no option {name!r}; expected {', '.join(RANGES)}")
+            if name not in names:
+                raise TypeError(f"there is no option {name!r}; expected {', '.join(names)}")
             if value is not None:
                 RANGES[name](value)
 
@@ -208,10 +209,10 @@ class UnCLIP:
     # ---- sec. 3: what one can do with an image once it is an embedding, and noise
 
     def latent(self, images, steps=250, progress=False, text=None):
-        """The bipartite latent of images (B, 3, S, S): z_i (B, D), what CLIP sees in them, and
-        x_T (B, 3, h, h), all the rest that it takes to draw them again.   Sec. 3
+        """The bipartite latent of images (B, 3, S, S) in [-1, 1]: z_i (B, D), what CLIP sees in
+        them, and x_T (B, 3, h, h), all the rest that it takes to draw them again, small.   Sec. 3
 
-        text: their captions, as `encode_text` returns them; None: the null condition.
+        steps: of DDIM, 2 or more. text: the captions, from `encode_text`; None: no captions.
         """
         z_i, size = self.encode_image(images).float(), self.config.decoder.unet.size
         part, x = self.part("decoder"), F.interpolate(images, (size, size), mode="area")
@@ -221,9 +222,10 @@ class UnCLIP:
 
     def decode_latent(self, z_i, x_T, *, text=None, eta=0.0, guidance=1.0, steps=250, rerank=1,
                       upsampler_steps=None, generator=None, progress=False):
-        """The way back -> images (B, 3, H, H) in [-1, 1]; with eta = 1 little of x_T is left.
+        """z_i (B, D), x_T (B, 3, h, h) -> images (B, 3, H, H) in [-1, 1].   Sec. 3
 
-        Guidance 1, eta 0 and the same text invert `latent`. Of `rerank` draws CLIP chooses one.
+        The way back of `latent`, nearly, with guidance 1, eta 0, the same text and steps; with eta
+        1 little of x_T is left. Of `rerank` draws of each the one nearest to z_i by CLIP is kept.
         """
         z, x_T = z_i.repeat_interleave(rerank, 0), x_T.repeat_interleave(rerank, 0)
         text = self.no_caption(len(z_i)) if text is None else text
@@ -246,10 +248,9 @@ class UnCLIP:
                    **options):
         """n images that share what CLIP sees in one (see `open_image`): (n, 3, H, H).   Sec. 3.1
 
-        The latent is kept; DDIM adds noise on its way, more with a larger eta in [0, 1]; at eta 0,
-        without guidance, the image itself comes back. Of `rerank` draws of each the one nearest to
-        z_i by CLIP is kept (None: see `Sampling`).
-        options, here and below: upsampler_steps, generator, guidance as in `decode_latent`.
+        The latent is kept; DDIM adds noise on its way, more with a larger eta in [0, 1]; at eta 0
+        the image itself comes back, if small. rerank: None is as `config.sampling` has it.
+        options, here and below: those of `decode_latent`.
         """
         rerank = self.setting("rerank", rerank if eta or rerank else 1)
         self.check(n, n=n, eta=eta, rerank=rerank, steps=steps, **options)
@@ -262,7 +263,7 @@ class UnCLIP:
 
         z_i is turned from a's to b's. noise: "slerp" turns x_T too, as one long vector, so the ends
         show a and b again; "fixed" draws one x_T for all (of a list of generators the first does),
-        so only what CLIP sees changes (the paper's fig. 4). Options are checked first.
+        so only what CLIP sees changes (the paper's fig. 4).
         """
         if noise not in ("slerp", "fixed"):
             raise ValueError(f'expected noise "slerp" or "fixed", got {noise!r}')
@@ -286,10 +287,12 @@ class UnCLIP:
             z_d = unit(z_t - z_t0),  z = slerp(z_i, z_d, theta),  theta = 0 ... strength; x_T stays
         -> (n, 3, H, H), from the image, decoded again, to the full edit; n = 1: the full edit.
         strength: the fraction of the angle between z_i and z_d, in the paper 0.25 to 0.5.
-        z_t and z_t0 are unit vectors. The decoder reads captions, too: the source on the way to x_T
-        and for the first n // 2 images, then the target.   ValueError for equal captions
+        z_t and z_t0 are the target's and the source's, of length 1. The decoder reads captions,
+        too: the source's on the way to x_T and for the first n // 2 images, then the target's.
+        ValueError for captions with equal embeddings.
         """
-        self.check(n, n=n, strength=strength, guidance=guidance, steps=steps, **options)
+        self.check(n, n=n, guidance=guidance, steps=steps, **options)
+        strength = RANGES["strength"](strength)
         text = self.encode_text([source, target])
         z_t0, z_t = clip.unit(text.z_t.float()).split(1)                                 # (1, D)
         if (z_t - z_t0).norm() < 1e-6:
@@ -322,11 +325,11 @@ class UnCLIP:
             known = F.interpolate(hole, (size, size), mode="area") == 0
             return resize(image, size).expand(n, -1, -1, -1), known.expand(n, -1, -1, -1)
 
-        # the decoder keeps what is known of the small image, and what is known of the large returns
+        # what is known returns, of the small image and of the large one
         small, known = at(self.config.decoder.unet.size)
         x = self.sample_decoder(z_i, text, guidance, steps, generator, progress, known=small,
                                 mask=known)
-        x = self.upsample(x, upsampler_steps, generator, progress)
+        x = self.upsample(torch.where(known, small, x), upsampler_steps, generator, progress)
         image, known = at(x.shape[2])                                            # (n, ., H, H)
         return torch.where(known, image, x)
 

@@ -344,6 +344,8 @@ def test_no_option_of_any_way_to_draw_leaves_its_range(stack, photo, way, monkey
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"expected {name} from"):
             WAYS[way](stack, photo, **{name: value})
+    with pytest.raises(TypeError, match="candidates"):
+        WAYS[way](stack, photo, candidates=2)
 
 
 def test_inpainting_keeps_the_known_pixels_and_draws_the_others_anew(stack, photo):
@@ -365,6 +367,16 @@ def test_a_small_pixel_is_known_to_the_decoder_only_if_all_of_it_is(stack, photo
     stack.inpaint(photo, mask, CAPTION, 2)
     want = (torch.arange(8) < 4).expand(2, 1, 8, 8)      # columns 16 to 19 are known in part
     assert torch.equal(seen[0] == 1, want), "1 is known; the mask's white is not"
+
+
+def test_the_upsamplers_receive_the_known_small_pixels_as_they_were(stack, photo, monkeypatch):
+    seen, mask = [], torch.zeros(32, 32)
+    mask[:, 16:] = 1
+    monkeypatch.setattr(stack.config.sampling, "refine", 2)          # else the decoder keeps them
+    monkeypatch.setattr(stack, "upsample", lambda x, *_: seen.append(x) or x)
+    stack.inpaint(photo, mask, CAPTION, 2)
+    for x in seen[0]:
+        assert same(x[:, :, :4], unclip.resize(photo[None], 8)[0, :, :, :4])
 
 
 def test_a_mask_may_be_a_file_and_must_fit(stack, photo, tmp_path):
