@@ -249,8 +249,8 @@ class UnCLIP:
         """n images that share what CLIP sees in one (see `open_image`): (n, 3, H, H).   Sec. 3.1
 
         The latent is kept; DDIM adds noise on its way, more with a larger eta in [0, 1]; at eta 0
-        the image itself comes back, if small. rerank: None is as `config.sampling` has it.
-        options, here and below: those of `decode_latent`.
+        the image, as small as the decoder draws it, comes back. rerank: None is as
+        `config.sampling` has it. options, here and below: those of `decode_latent`.
         """
         rerank = self.setting("rerank", rerank if eta or rerank else 1)
         self.check(n, n=n, eta=eta, rerank=rerank, steps=steps, **options)
