@@ -176,7 +176,7 @@ class Recipe:
     sam: float = 0.0              # rho of sharpness-aware minimisation, 0: none
     logit_normal: bool = False    # timesteps; else uniform ones
     uniformity: float = 0.0       # weight of CLIP's uniformity_loss
-    start: bool = False           # initialised from the data, see toy_start
+    start: bool = False           # initial weights of its own, see toy_start
     crops: int = 4                # of an upsampler's image, a quarter of the side; 0: all of it
 
 

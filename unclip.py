@@ -210,7 +210,7 @@ class UnCLIP:
 
     def latent(self, images, steps=250, progress=False, text=None):
         """The bipartite latent of images (B, 3, S, S) in [-1, 1]: z_i (B, D), what CLIP sees in
-        them, and x_T (B, 3, h, h), all the rest that it takes to draw them again, small.   Sec. 3
+        them, and x_T (B, 3, h, h), all the rest that it takes to draw them at h px.   Sec. 3
 
         steps: of DDIM, 2 or more. text: the captions, from `encode_text`; None: no captions.
         """
@@ -248,9 +248,9 @@ class UnCLIP:
                    **options):
         """n images that share what CLIP sees in one (see `open_image`): (n, 3, H, H).   Sec. 3.1
 
-        The latent is kept; DDIM adds noise on its way, more with a larger eta in [0, 1]; at eta 0
-        the image, as small as the decoder draws it, comes back. rerank: None is as
-        `config.sampling` has it. options, here and below: those of `decode_latent`.
+        The latent is kept; DDIM adds noise on its way, more with a larger eta in [0, 1]; eta 0
+        gives the image itself, enlarged again. rerank: None is as `config.sampling` has it.
+        options, here and below: those of `decode_latent`, but for text.
         """
         rerank = self.setting("rerank", rerank if eta or rerank else 1)
         self.check(n, n=n, eta=eta, rerank=rerank, steps=steps, **options)

@@ -136,7 +136,8 @@ def draw_image(d):
     """From the bipartite latents of true images: varied, edited, or of few components.   Sec. 3"""
     d.z_i, text = clip.unit(d.model.encode_image(d.true)), None
     if d.setting.edit:
-        source, text = (d.artist.encode_text(x) for x in (d.captions, list(map(caption, d.targets))))
+        source = d.artist.encode_text(d.captions)
+        text = d.artist.encode_text([caption(target) for target in d.targets])
         x_T = d.artist.latent(d.true, STEPS, text=source)[1]
     elif d.setting.components is None:
         x_T = d.artist.latent(d.true, STEPS)[1]

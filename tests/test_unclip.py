@@ -315,6 +315,9 @@ def test_a_text_diff_turns_the_embedding_by_the_stated_angle_and_keeps_the_noise
         want = stack.decode_latent(z, x_T, text=text, guidance=2.0, **few)
         assert same(x, want[0]), "towards the target, not back; with the nearer caption"
     assert same(stack.text_diff(photo, *words, 1, 0.4, **few)[0], path[-1]), "n = 1: the full edit"
+    a, b = (stack.text_diff(photo, *words, 1, 0.4, eta=1.0, rerank=k, generator=seed(2), **few)
+            for k in (1, 4))
+    assert not same(a, path[-1:]) and not same(a, b), "eta and rerank have an effect"
     with pytest.raises(ValueError, match="different captions"):
         stack.text_diff(photo, OTHER, OTHER, 1)
 
