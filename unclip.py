@@ -132,14 +132,15 @@ class UnCLIP:
             x = expect_finite(self.part(name).sample(x, n, generator, bar), name)
         return x
 
-    def rerank(self, images, z):
+    def rerank(self, images, z, together=False):
         """Of N images for each of B embeddings the one that is nearest to it by CLIP.
 
         images (B N, 3, H, W), N in a row; z (B, D), of captions (DALL-E sec. 2.6) or of images
-        -> (B, 3, H, W).
+        -> (B, 3, H, W). together: for all B the same of the N, nearest on average.
         """
         z_i = clip.unit(expect_finite(self.encode_image(images), "CLIP"))        # (B N, D)
         scores = (z_i.unflatten(0, (len(z), -1)) * clip.unit(z)[:, None]).sum(2)   # (B, N)
+        scores = scores.mean(0, keepdim=True) if together else scores
         own = images.unflatten(0, (len(z), -1))                            # (B, N, 3, H, W)
         return own[torch.arange(len(z)), scores.argmax(1)]
 
@@ -221,11 +222,12 @@ class UnCLIP:
         return z_i, part.invert(x.to(self.device), z_i, text, steps, bar)
 
     def decode_latent(self, z_i, x_T, *, text=None, eta=0.0, guidance=1.0, steps=250, rerank=1,
-                      upsampler_steps=None, generator=None, progress=False):
+                      together=False, upsampler_steps=None, generator=None, progress=False):
         """z_i (B, D), x_T (B, 3, h, h) -> images (B, 3, H, H) in [-1, 1].   Sec. 3
 
         The way back of `latent`, nearly, with guidance 1, eta 0, the same text and steps; with eta
-        1 little of x_T is left. Of `rerank` draws of each the one nearest to z_i by CLIP is kept.
+        1 little of x_T is left. Of `rerank` draws the one nearest to z_i by CLIP is kept, of each
+        row or `together`.
         """
         z, x_T = z_i.repeat_interleave(rerank, 0), x_T.repeat_interleave(rerank, 0)
         text = self.no_caption(len(z_i)) if text is None else text
@@ -233,7 +235,7 @@ class UnCLIP:
         x = self.part("decoder").decode_latent(z, x_T, text, steps, eta, guidance, generator,
                                                "images" if progress else None)
         x = expect_finite(x, "the decoder")
-        x = self.rerank(x, z_i) if rerank > 1 else x
+        x = self.rerank(x, z_i, together) if rerank > 1 else x
         return self.upsample(x, upsampler_steps, generator, progress)
 
     def no_caption(self, B):
@@ -258,27 +260,36 @@ class UnCLIP:
         return self.decode_latent(z_i.expand(n, -1), x_T.expand(n, -1, -1, -1), eta=eta,
                                   rerank=rerank, steps=steps, progress=progress, **options)
 
-    def interpolate(self, a, b, n=8, *, noise="slerp", steps=250, progress=False, **options):
+    def interpolate(self, a, b, n=8, source=None, target=None, *, noise="slerp", steps=250,
+                    generator=None, progress=False, **options):
         """n images on the way from a to b (see `open_image`): (n, 3, H, H).   Sec. 3.2
 
         z_i is turned from a's to b's. noise: "slerp" turns x_T too, as one long vector, so the ends
-        show a and b again; "fixed" draws one x_T for all (of a list of generators the first does),
-        so only what CLIP sees changes (the paper's fig. 4).
+        show a and b again; "fixed" draws one x_T for all, so only what CLIP sees changes (the
+        paper's fig. 4). source, target: their captions, of which the decoder reads the nearer one.
+        All noise is the same for all images (of a list of generators the first draws it), so with
+        eta > 0 `rerank` draws whole ways, and keeps one.
         """
         if noise not in ("slerp", "fixed"):
             raise ValueError(f'expected noise "slerp" or "fixed", got {noise!r}')
-        self.check(n, n=n, steps=steps, **options)
-        (z_a, x_a), (z_b, x_b) = (self.latent(open_image(x)[None], steps, progress) for x in (a, b))
+        if (source is None) != (target is None):
+            raise ValueError("expected two captions, source and target, or none, got one")
+        self.check(n, generator=generator, n=n, steps=steps, **options)
+        text = self.no_caption(2) if source is None else self.encode_text([source, target])
+        (z_a, x_a), (z_b, x_b) = (
+            self.latent(open_image(image)[None], steps, progress, text.map(lambda x: x[i:i + 1]))
+            for i, image in enumerate((a, b)))
+
+        first = generator[0] if isinstance(generator, (list, tuple)) else generator
+        first = first or torch.default_generator
+        generators = [first] + [first.clone_state() for _ in range(n - 1)]
 
         fraction = torch.linspace(0, 1, n, device=self.device)[:, None]          # (n, 1)
-        if noise == "slerp":
-            x_T = slerp(x_a.flatten(1), x_b.flatten(1), fraction).unflatten(1, x_a.shape[1:])
-        else:
-            draws = options.get("generator")
-            draws = draws[:1] if isinstance(draws, (list, tuple)) else draws
-            x_T = diffusion.noise_like(x_a, draws).expand(n, -1, -1, -1)
-        return self.decode_latent(slerp(z_a, z_b, fraction), x_T, steps=steps, progress=progress,
-                                  **options)
+        x_T = slerp(x_a.flatten(1), x_b.flatten(1), fraction).unflatten(1, x_a.shape[1:])
+        x_T = diffusion.noise_like(x_T, generators) if noise == "fixed" else x_T
+        text = text.map(lambda x: x[(fraction[:, 0] >= 0.5).long()])             # n rows
+        return self.decode_latent(slerp(z_a, z_b, fraction), x_T, text=text, steps=steps,
+                                  together=True, generator=generators, progress=progress, **options)
 
     def text_diff(self, image, source, target, n=8, strength=0.5, *, guidance=2.0, steps=250,
                   progress=False, **options):
@@ -842,7 +853,11 @@ COMMANDS = {                                    # name: help, what draws, defaul
         "--eta": dict(default=0.2, help="noise on the way, from 0, none, to 1")}),
     "interpolate": ("from one image to another (sec. 3.2)", UnCLIP.interpolate, FEW, {
         "a": IMAGE, "b": IMAGE,
-        "--noise": dict(default="slerp", choices=("slerp", "fixed"), help="fixed: one for all")}),
+        "--source": dict(metavar="CAPTION", help="what a shows, for the decoder"),
+        "--target": dict(metavar="CAPTION", help="what b shows"),
+        "--noise": dict(default="slerp", choices=("slerp", "fixed"), help="fixed: one for all"),
+        "--eta": dict(default=0.0, help="noise on the way, from 0, none, to 1"),
+        "--rerank": RERANK | dict(default=1, help="with eta: ways drawn; CLIP keeps one")}),
     "edit": ("change an image by words (sec. 3.3)", UnCLIP.text_diff, FEW | {"guidance": 2.0}, {
         "image": IMAGE,
         "--source": TEXT | dict(help="what the image shows"),

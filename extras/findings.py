@@ -63,11 +63,13 @@ class Setting:
     upsample: str = ""                            # "network" or "bicubic": to the largest size
     sampler: dict = field(default_factory=dict)   # changed options of diffusion.sample
     bug: str = ""                                 # of extras/museum.py
-    eta: float = 0.0                              # this and the next four, of "image": DDIM's
+    eta: float = 0.0                              # this and the next six, of "image": DDIM's
     guidance: float = 1.0                         # DDIM's
     edit: str = ""                                # the attribute that a text diff changes
     strength: float = 0.5                         # of the text diff
     components: int | None = None                 # so many principal components of z_i; x_T is new
+    told: bool = False                            # interpolations: the decoder reads captions
+    noise: str = "slerp"                          # of interpolations
 
 
 @torch.no_grad()
@@ -151,26 +153,23 @@ def draw_image(d):
     if d.setting.edit:
         z_d = clip.unit(clip.unit(text.z_t) - clip.unit(source.z_t))
         d.z_i = unclip.slerp(d.z_i, z_d, d.setting.strength)
-    return torch.stack([decode(d, d.z_i, x_T, text) for _ in range(d.setting.n)], 1)
+    s = d.setting
+    return torch.stack([d.artist.decode_latent(
+        d.z_i, x_T, text=text, eta=s.eta, guidance=s.guidance, steps=STEPS,
+        rerank=s.rerank if s.eta else 1, upsampler_steps=(), generator=d.generator)
+        for _ in range(s.n)], 1)
 
 
 def draw_path(d):
-    """From every second scene to the next one, in n images: z_i and x_T are turned together."""
-    z_i, x_T = d.artist.latent(d.true, STEPS)
-    d.scenes = list(zip(d.scenes[::2], d.scenes[1::2]))
-    d.captions, images = [f"{caption(a)} to {caption(b)}" for a, b in d.scenes], []
-    for fraction in torch.linspace(0, 1, d.setting.n):
-        z, x = (unclip.slerp(a[:-1:2].flatten(1), a[1::2].flatten(1), fraction)
-                for a in (z_i, x_T))
-        images.append(decode(d, z, x.view(-1, *x_T.shape[1:])))
-    return torch.stack(images, 1)                                          # (B / 2, n, 3, h, h)
-
-
-def decode(d, z_i, x_T, text=None):
-    s = d.setting
-    return d.artist.decode_latent(z_i, x_T, text=text, eta=s.eta, guidance=s.guidance, steps=STEPS,
-                                  rerank=s.rerank if s.eta else 1, upsampler_steps=(),
-                                  generator=d.generator)
+    """From every second scene to the next one, in n images."""
+    s, ends = d.setting, list(zip(d.captions[::2], d.captions[1::2]))
+    d.scenes, images = list(zip(d.scenes[::2], d.scenes[1::2])), []
+    for a, b, words in zip(d.true[::2], d.true[1::2], ends):
+        images.append(d.artist.interpolate(
+            a, b, s.n, *(words if s.told else ()), noise=s.noise, eta=s.eta, rerank=s.rerank,
+            steps=STEPS, upsampler_steps=(), generator=d.generator))
+    d.captions = [" to ".join(words) for words in ends]
+    return torch.stack(images)                                             # (B / 2, n, 3, h, h)
 
 
 def draw_hole(d):
@@ -433,8 +432,12 @@ FINDINGS = {
                      measures=("accuracy", "differ", "diversity", "PSNR"))}, n=67),
     "interpolations": Finding(
         "Fig. 4", "Interpolations: z_i and x_T are turned together",
-        {"": {"on the way": Setting("interpolation", 7, (
-            "ends", *(f"{kind} switches once" for kind in KINDS)))}}, scenes=ONE, n=100),
+        {"": {name: Setting("interpolation", 7, (
+            "ends", *(f"{kind} switches once" for kind in KINDS)), **how) for name, how in {
+                "as they are": {}, "with captions": {"told": True},
+                "with captions, fixed noise, best of 4": {
+                    "told": True, "noise": "fixed", "eta": 1.0, "rerank": 4}}.items()}},
+        scenes=ONE, n=100),
     "text_diffs": Finding(
         "Fig. 5", "Text diffs: z_i is turned towards the difference of two captions",
         {kind: vary("strength", (0.3, 0.4, 0.5, 0.6), condition="image", edit=kind, guidance=2.0,
@@ -581,16 +584,20 @@ def draw_grid(path, rows, columns, title, inches=0.9):
 
 
 def finding_grid(path, model, finding, baseline=None):
-    """A row for each setting and each of its images, a column for each of six scenes."""
+    """A row for each setting and each of its images, a column for each of six scenes; of
+    interpolations a row for each way."""
     scenes, rows = some_scenes(1, 6, **finding.scenes), {}
     for label, setting in finding.rows().items():
         d = draw(model, scenes, setting, 0, baseline)
+        if setting.condition == "interpolation":
+            rows |= {f"{words}, {label}": way for words, way in zip(d.captions, d.images)}
+            continue
         if setting.condition == "image":
             rows["the image"] = render_many(scenes, d.size)
-        for i in range(setting.n):
-            name = f"{i / (setting.n - 1):.2f} {label}" if setting.n > 2 else label + " again" * i
-            rows[name] = d.images[:, i]
+        rows |= {label + " again" * i: d.images[:, i] for i in range(setting.n)}
     columns = d.captions if d.setting.wording != "three objects" else [caption(s) for s in scenes]
+    if setting.condition == "interpolation":
+        columns = [f"{i / (setting.n - 1):.2f}" for i in range(setting.n)]
     draw_grid(path, rows, columns, finding.title)
 
 

@@ -299,8 +299,40 @@ def test_interpolation_begins_at_the_first_image_and_ends_at_the_second(stack, p
     assert same(fixed[0][0], fixed[0][2]) and same(*fixed), "one noise, one embedding, one image"
     again = stack.interpolate(photo, photo, 3, noise="fixed", generator=seed(2), **few)
     assert not same(again, fixed[0]), "drawn by the generator"
+    assert same(stack.interpolate(photo, other, 1, **few)[0], path[0]), "n = 1: the first image"
     with pytest.raises(ValueError, match="slerp"):
         stack.interpolate(photo, photo, 2, noise="none")
+    with pytest.raises(ValueError, match="source and target, or none, got one"):
+        stack.interpolate(photo, photo, 2, OTHER)
+
+
+def test_an_interpolation_reads_the_nearer_caption(stack, photo):
+    few, words = dict(steps=4, upsampler_steps=()), (OTHER, CAPTION)
+    path = stack.interpolate(photo, photo.flip(2), 5, *words, **few)
+    source, target = (stack.encode_text([c]) for c in words)
+    ends = [stack.latent(x[None], 4, text=c) for x, c in ((photo, source), (photo.flip(2), target))]
+    for row, f, text in ((0, 0.0, source), (1, 0.25, source), (2, 0.5, target), (4, 1.0, target)):
+        z_i, x_T = (unclip.slerp(a.flatten(1), b.flatten(1), torch.tensor(f))
+                    for a, b in zip(*ends))
+        want = stack.decode_latent(z_i, x_T.view(1, 3, 8, 8), text=text, **few)
+        assert same(want[0], path[row]), "on the way to x_T, too"
+
+
+def test_of_whole_ways_that_share_their_noise_clip_keeps_one(stack, photo):
+    few = dict(steps=4, eta=1.0, upsampler_steps=())
+    alike = stack.interpolate(photo, photo, 3, generator=seed(3), **few)
+    assert same(alike[0], alike[2]), "one noise for all images"
+
+    # two images far apart, each drawn by itself, six times, from the same seed
+    z_i, x_T = stack.latent(torch.stack([photo, -photo]), 4)
+    draws = torch.stack([
+        stack.decode_latent(z_i[[i] * 6], x_T[[i] * 6], generator=seed(5), **few) for i in (0, 1)])
+    likeness = torch.stack([F.cosine_similarity(stack.encode_image(x), z_i[i:i + 1])
+                            for i, x in enumerate(draws)])                 # (2, 6)
+    best = likeness.mean(0).argmax()
+    assert (likeness.argmax(1) != best).any(), "else this test could not tell ways from images"
+    kept = stack.interpolate(photo, -photo, 2, rerank=6, generator=seed(5), **few)
+    assert same(kept, draws[:, best]), "nearest on average"
 
 
 def test_a_text_diff_turns_the_embedding_by_the_stated_angle_and_keeps_the_noise(stack, photo):
@@ -745,8 +777,10 @@ COMMAND_LINES = {
     "sample x": dict(n=1, out="out.png", prior="diffusion", seed=0, dtype="fp32", guidance=None),
     "variations i": dict(image="i", eta=0.2, rerank=None, n=8, steps=250, guidance=1.0,
                          out="variations.png"),
-    "interpolate i j": dict(a="i", b="j", noise="slerp", guidance=1.0,
-                            draw=unclip.UnCLIP.interpolate),
+    "interpolate i j": dict(a="i", b="j", source=None, noise="slerp", guidance=1.0, eta=0.0,
+                            rerank=1, draw=unclip.UnCLIP.interpolate),
+    "interpolate i j --source x --target y --eta 1 --rerank 4": dict(
+        source="x", target="y", eta=1.0, rerank=4),
     "edit i --source x --target y": dict(image="i", source="x", target="y", strength=0.5,
                                          guidance=2.0),
     "inpaint i x --mask m": dict(image="i", caption="x", mask="m", n=4, steps=None)}
