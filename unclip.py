@@ -268,7 +268,7 @@ class UnCLIP:
         show a and b again; "fixed" draws one x_T for all, so only what CLIP sees changes (the
         paper's fig. 4). source, target: their captions, of which the decoder reads the nearer one.
         All noise is the same for all images (of a list of generators the first draws it), so with
-        eta > 0 `rerank` draws whole ways, and keeps one.
+        eta > 0 `rerank` draws whole paths, and keeps one.
         """
         if noise not in ("slerp", "fixed"):
             raise ValueError(f'expected noise "slerp" or "fixed", got {noise!r}')
@@ -857,7 +857,7 @@ COMMANDS = {                                    # name: help, what draws, defaul
         "--target": dict(metavar="CAPTION", help="what b shows"),
         "--noise": dict(default="slerp", choices=("slerp", "fixed"), help="fixed: one for all"),
         "--eta": dict(default=0.0, help="noise on the way, from 0, none, to 1"),
-        "--rerank": RERANK | dict(default=1, help="with eta: ways drawn; CLIP keeps one")}),
+        "--rerank": RERANK | dict(default=1, help="with eta: paths drawn; CLIP keeps one")}),
     "edit": ("change an image by words (sec. 3.3)", UnCLIP.text_diff, FEW | {"guidance": 2.0}, {
         "image": IMAGE,
         "--source": TEXT | dict(help="what the image shows"),

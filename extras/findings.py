@@ -431,7 +431,7 @@ FINDINGS = {
         {"eta": vary("eta", (0.0, 0.2, 0.5, 1.0), condition="image", n=2, rerank=4,
                      measures=("accuracy", "differ", "diversity", "PSNR"))}, n=67),
     "interpolations": Finding(
-        "Fig. 4", "Interpolations: z_i and x_T are turned together",
+        "Fig. 4", "Interpolations: z_i is turned, and x_T with it or not",
         {"": {name: Setting("interpolation", 7, (
             "ends", *(f"{kind} switches once" for kind in KINDS)), **how) for name, how in {
                 "as they are": {}, "with captions": {"told": True},
@@ -585,12 +585,12 @@ def draw_grid(path, rows, columns, title, inches=0.9):
 
 def finding_grid(path, model, finding, baseline=None):
     """A row for each setting and each of its images, a column for each of six scenes; of
-    interpolations a row for each way."""
+    interpolations a row for each path."""
     scenes, rows = some_scenes(1, 6, **finding.scenes), {}
     for label, setting in finding.rows().items():
         d = draw(model, scenes, setting, 0, baseline)
         if setting.condition == "interpolation":
-            rows |= {f"{words}, {label}": way for words, way in zip(d.captions, d.images)}
+            rows |= {f"{words}, {label}": path for words, path in zip(d.captions, d.images)}
             continue
         if setting.condition == "image":
             rows["the image"] = render_many(scenes, d.size)

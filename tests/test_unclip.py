@@ -318,7 +318,7 @@ def test_an_interpolation_reads_the_nearer_caption(stack, photo):
         assert same(want[0], path[row]), "on the way to x_T, too"
 
 
-def test_of_whole_ways_that_share_their_noise_clip_keeps_one(stack, photo):
+def test_of_whole_paths_that_share_their_noise_clip_keeps_one(stack, photo):
     few = dict(steps=4, eta=1.0, upsampler_steps=())
     alike = stack.interpolate(photo, photo, 3, generator=seed(3), **few)
     assert same(alike[0], alike[2]), "one noise for all images"
@@ -330,7 +330,7 @@ def test_of_whole_ways_that_share_their_noise_clip_keeps_one(stack, photo):
     likeness = torch.stack([F.cosine_similarity(stack.encode_image(x), z_i[i:i + 1])
                             for i, x in enumerate(draws)])                 # (2, 6)
     best = likeness.mean(0).argmax()
-    assert (likeness.argmax(1) != best).any(), "else this test could not tell ways from images"
+    assert (likeness.argmax(1) != best).any(), "else this test could not tell paths from images"
     kept = stack.interpolate(photo, -photo, 2, rerank=6, generator=seed(5), **few)
     assert same(kept, draws[:, best]), "nearest on average"
 
