@@ -252,7 +252,7 @@ class UnCLIP:
 
         The latent is kept; DDIM adds noise on its way, more with a larger eta in [0, 1]; eta 0
         gives the image itself, enlarged again. rerank: None is as `config.sampling` has it.
-        options, here and below: those of `decode_latent`, but for text.
+        options, here and below: those of `decode_latent`, but for text and together.
         """
         rerank = self.setting("rerank", rerank if eta or rerank else 1)
         self.check(n, n=n, eta=eta, rerank=rerank, steps=steps, **options)

@@ -63,7 +63,7 @@ class Setting:
     upsample: str = ""                            # "network" or "bicubic": to the largest size
     sampler: dict = field(default_factory=dict)   # changed options of diffusion.sample
     bug: str = ""                                 # of extras/museum.py
-    eta: float = 0.0                              # this and the next six, of "image": DDIM's
+    eta: float = 0.0                              # this and the next six, of given images: DDIM's
     guidance: float = 1.0                         # DDIM's
     edit: str = ""                                # the attribute that a text diff changes
     strength: float = 0.5                         # of the text diff

@@ -5,6 +5,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,32 @@ def test_captions_are_answered_in_any_order_unless_they_state_a_relation():
     assert not findings.fits(anything, train_toy.Scene((b,)))
     assert findings.fits(train_toy.Scene((a, b, a)), train_toy.Scene((b, a, a)))
     assert not findings.fits(train_toy.Scene((a, b), "above"), train_toy.Scene((b, a), "above"))
+
+
+@pytest.mark.parametrize("way, once", [
+    ("red red blue", 1), ("red blue blue", 1), ("red green blue", 0), ("red blue red blue", 0),
+    ("blue red blue", 0), ("red red red", 0), ("red - blue", 0)])
+def test_an_attribute_switches_once_if_nothing_comes_between_and_nothing_returns(way, once):
+    row = [train_toy.Scene(() if colour == "-" else (train_toy.Object("cross", colour, "small"),))
+           for colour in way.split()]
+    ends = [train_toy.Scene((train_toy.Object("cross", colour, "small"),))
+            for colour in ("red", "blue")]
+    alike, d = [ends[0], ends[0]], SimpleNamespace
+    assert findings.switches_once(d(scenes=[ends], seen=[row]), "colour") == once
+    assert findings.switches_once(d(scenes=[ends, alike], seen=[row, row]), "colour") == once, \
+        "of pairs that differ alone"
+
+
+def test_a_path_leads_from_every_second_scene_to_the_next_with_their_captions(toy, monkeypatch):
+    seen = []
+    monkeypatch.setattr(toy, "interpolate", lambda a, b, n, *words, **how: (
+        seen.append((train_toy.read(a), train_toy.read(b), words)), torch.ones(n, 3, 16, 16))[1])
+    scenes = findings.some_scenes(0, 4, two=False)
+    for told in (False, True):
+        findings.draw(toy, scenes, Setting("interpolation", 3, (), told=told))
+    ends = [tuple(findings.caption(s) for s in scenes[i:i + 2]) for i in (0, 2)]
+    assert [tuple(map(findings.caption, (a, b))) for a, b, _ in seen] == 2 * ends
+    assert [words for *_, words in seen] == [(), (), *ends]
 
 
 def test_the_best_errors_enclose_the_gaussian_closed_form():
