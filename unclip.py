@@ -280,6 +280,7 @@ class UnCLIP:
             self.latent(open_image(image)[None], steps, progress, text.map(lambda x: x[i:i + 1]))
             for i, image in enumerate((a, b)))
 
+        # one generator for each image, all in the same state
         first = generator[0] if isinstance(generator, (list, tuple)) else generator
         first = first or torch.default_generator
         generators = [first] + [first.clone_state() for _ in range(n - 1)]
