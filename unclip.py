@@ -854,6 +854,7 @@ COMMANDS = {                                    # name: help, what draws, defaul
         "--eta": dict(default=0.2, help="noise on the way, from 0, none, to 1")}),
     "interpolate": ("from one image to another (sec. 3.2)", UnCLIP.interpolate, FEW, {
         "a": IMAGE, "b": IMAGE,
+        "--seed": SHARED["--seed"] | dict(help="of the noise, the same for all images"),
         "--source": dict(metavar="CAPTION", help="what a shows, for the decoder"),
         "--target": dict(metavar="CAPTION", help="what b shows"),
         "--noise": dict(default="slerp", choices=("slerp", "fixed"), help="fixed: one for all"),
