@@ -9,7 +9,7 @@ Transformer that the prior and the decoder share, the tokenizer (byte-level BPE)
 
     B batch   L tokens   W width of a Transformer   D width of the shared embedding   H heads
 
-Papers: CLIP (Radford et al. 2021: "Sec." without a name), GLIDE (Nichol et al. 2021), unCLIP (2022)
+Papers: CLIP (Radford et al. 2021; a bare "Sec." is its), GLIDE (Nichol et al. 2021), unCLIP (2022)
 """
 if __name__ == "__main__":
     import unclip                    # first: Ctrl-C is one line from then on
@@ -194,9 +194,9 @@ def attend(q, k, v, heads, mask=None, causal=False):
 class Block(nn.Module):
     """A pre-LN Transformer block:  x = x + attention(LN(x)),  x = x + MLP(LN(x)).   Sec. 2.4
 
-    With context_width also cross-attention, as in GLIDE: `context` (B, S, context_width), projected
-    to keys and values, is put before the block's own. cache.append(k, v) -> those of all tokens;
-    with a cache the context comes with the first ones only, as it is kept, too.
+    With context_width also cross-attention, as in GLIDE: `context` (B, S, context_width) gives S
+    more keys and values, before those of x. cache.append(k, v) returns the keys and values of all
+    calls so far, the context's, too, so that the context is passed in the first call only.
     """
 
     def __init__(self, width, heads, layers, activation="gelu", context_width=0):

@@ -57,7 +57,7 @@ class Decoder(nn.Module):
     def condition(self, z_i, text):
         """What the U-Net is conditioned on: emb (B, E), context (B, K, X), mask (B, K) or None.
 
-        z_i (B, D) unit vectors; text a clip.Text, or your own class with its drop, null and after.
+        z_i (B, D) unit vectors; text a clip.Text, or your own class with drop, null, after and map.
         """
         z_i = z_i.to(self.image_emb.weight.dtype)
         own = self.config.text_layers > 0
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
                       progress=None):
         """z_i (B, D), x_T (B, 3, size, size) -> images in [-1, 1], by DDIM.   Sec. 3.1
 
-        The way back of `invert`. Only guidance drives pixels out of [-1, 1], and needs a clamp.
+        The way back of `invert`. As there x0 is not clamped, unless guided: guidance overshoots.
         """
         network = self.denoiser(z_i, text, guidance)
         x = diffusion.sample(network, self.alphabar, x_T, self.ddim_timesteps(steps),
@@ -177,7 +177,7 @@ class Decoder(nn.Module):
         return x.clamp(-1, 1)
 
     def ddim_timesteps(self, steps):
-        """250 are ADM's, 1, 5, ..., 997: not T, where x0 hardly follows from eps."""
+        """From 1 to 0.997 T (250: ADM's 1, 5, ..., 997), as at T x0 hardly follows from eps."""
         return diffusion.spaced_timesteps(self.config.T - max(1, 3 * self.config.T // 1000), steps)
 
 
@@ -226,8 +226,8 @@ class Upsampler(nn.Module):
                                 generator=generator, progress=progress)
 
     def timesteps(self, steps):
-        """27: GLIDE's. From 15 on 1, 1 + n, 1 + 2 n ..., where some n gives so many: it spares T.
-        Else evenly spaced."""
+        """27: GLIDE's. From 15 on, where a stride n gives that many, 1, 1 + n, 1 + 2 n, ...; few of
+        these reach T. Else evenly spaced from 1 to T."""
         T, stride = self.config.T, -(-self.config.T // steps)                  # rounded up
         if steps == 27:
             return diffusion.glide27_timesteps(T)
@@ -238,8 +238,8 @@ class Upsampler(nn.Module):
     def prepare(self, high, crops=1):
         """(B, 3, S, S) -> crops x0 (B crops, 3, S / 4, S / 4), low (B crops, 3, S / 16, S / 16).
 
-        Whole images are degraded, so that crops have no edges of their own. Half: blur. crops = 0:
-        the whole images (B, 3, S, S), (B, 3, S / 4, S / 4).
+        Images are shrunk, and (without BSR) half of them blurred, before they are cropped: crops
+        are not mirrored at their edges. crops = 0: the whole (B, 3, S, S), (B, 3, S / 4, S / 4).
         """
         S = self.config.unet.size
 
@@ -418,7 +418,7 @@ class NoAttention(nn.Module):
 
 
 def zero(layer):
-    """A layer that starts at zero: the block around it starts as the identity."""
+    """A layer that starts at zero: its residual branch adds nothing yet, the U-Net predicts 0."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
@@ -432,7 +432,7 @@ class UNetConfig:
     in_channels: int = 3            # 3, 6, 6 (noisy image, enlarged small image)
     out_channels: int = 6           # a prediction, then its variance; 3: no variance
     channels: int = 64              # 512, 320, 192
-    mults: tuple = (1, 2, 3)        # channels of each resolution: 1,2,3,4   1,2,3,4   1,1,2,2,4,4
+    mults: tuple = (1, 2, 3)        # times `channels`, per level: 1,2,3,4   1,2,3,4   1,1,2,2,4,4
     depth: int = 1                  # res blocks per resolution: 3, 3, 2
     attention: tuple = ()           # px of the levels with attention: (32, 16, 8), none, none
     head_channels: int = 64
@@ -511,7 +511,8 @@ def crop_pair(high, low, crop):
 
 
 def gaussian_blur(x, sigma=0.6, radius=1, centre=0.0, stride=1):
-    """The first upsampler's degradation: (B, 3, H, W) -> the same shape.   unCLIP app. C"""
+    """The first upsampler's blur, of std sigma: (B, 3, H, W) -> the same shape, with stride 1.
+    unCLIP app. C"""
     offset = torch.arange(-radius, radius + 1, dtype=torch.float64) - centre
     weights = (-offset ** 2 / (2 * sigma ** 2)).softmax(0)           # (2 radius + 1,), sum 1
     return filter2d(x, torch.outer(weights, weights), stride)

@@ -5,8 +5,8 @@ loss trains, and one loop samples, image embeddings, 64-pixel images and 1024-pi
 
     x0, x_t     (B, ...) the data, embeddings (B, D) or pixels (B, C, H, W), and noised to t
     t, s        timesteps, int or (B,) long on the CPU, 0 <= s < t <= T; 0 is clean data, T noise
-    alphabar    (T+1,) the noise schedule: the fraction of signal, 1 at t = 0. float64, cast last,
-                as 1 - alphabar near t = 1 keeps three digits in float32
+    alphabar    (T+1,) the noise schedule: the fraction of signal, 1 at t = 0. float64, cast last:
+                1 - alphabar of the first timesteps would keep only three digits in float32
     predicts    what the network predicts: "eps" (the noise), "x0" (the data), "v" (v-prediction)
 
 Papers: DDPM (Ho et al. 2020), IDDPM (Nichol & Dhariwal 2021), DDIM (Song et al. 2020), ADM
@@ -31,10 +31,11 @@ def q_sample(alphabar, x0, t, eps):
 def loss(network, alphabar, x0, predicts="eps", t=None):
     """Train any diffusion model: x0 (B, ...) -> (B,).   DDPM algorithm 1, one pass of its loop
 
-    network(x_t, t), t (B,) on x0's device, returns a prediction of x0's shape (cast to its dtype);
-    or that and, as many channels again, a variance, `raw`: then the hybrid loss, L_simple + 0.001
-    L_vlb (IDDPM eq. 16), at one t L_simple + T / 1000 vlb_loss(.., detached x0_hat, ..). Expect 1
-    from eps = 0. t: timesteps (B,), on the CPU; by default each of 1..T is equally likely.
+    network(x_t, t), t (B,) on x0's device, returns a prediction of x0's shape (cast to its dtype).
+    If it returns twice the channels, the second half, `raw`, gives a variance, and the loss is
+    hybrid, L_simple + 0.001 L_vlb (IDDPM eq. 16); at one t L_simple + T / 1000 vlb_loss(..,
+    detached x0_hat, ..). A network that returns eps = 0 has a loss of 1. t: timesteps (B,), on the
+    CPU; by default each of 1..T is equally likely.
     """
     T = len(alphabar) - 1
     t = torch.randint(1, T + 1, (len(x0),)) if t is None else t
@@ -159,8 +160,8 @@ def guide(uncond, cond, scale):
 def guided(network, scale, C):
     """(x_t, t) -> the guided prediction; `network` takes 2B rows, B with the null condition first.
 
-    At scale 1 it is the network itself, of B rows. The first C channels are guided; a learned
-    variance, after them, stays the conditional one.
+    At scale 1 `network` is returned as it is, and takes B rows. The first C channels are guided; a
+    learned variance, after them, stays the conditional one.
     """
     def guided_network(x_t, t):
         uncond, cond = network(torch.cat([x_t, x_t]), t).chunk(2)              # (B, C or 2C, ...)
@@ -175,7 +176,7 @@ def noise_like(x, generator=None):
 
 
 def draw(f, shape, generator, device, dim=0):
-    """f(shape, ...), drawn on the generator's device; of a list, each its rows on axis dim."""
+    """f(shape, ...), drawn on the generator's device; of a list, each draws its rows (axis dim)."""
     if isinstance(generator, (list, tuple)):
         G, B, share = len(generator), shape[dim], [*shape]
         if G == 0 or B % G:
@@ -183,7 +184,7 @@ def draw(f, shape, generator, device, dim=0):
         share[dim] = B // G
         return torch.cat([draw(f, share, each, device, dim) for each in generator], dim)
     rows = f(shape, generator=generator, device=generator.device if generator else device)
-    return rows.to(device, non_blocking=device.type == "cuda")     # the GPU need not be waited for
+    return rows.to(device, non_blocking=device.type == "cuda")     # without waiting for the GPU
 
 
 def split_variance(out, x_t):
@@ -279,7 +280,7 @@ def ddim_step(alphabar, x_t, t, s, x0, eta=0.0, noise=None):
         x_s = sqrt(ab_s) x0 + sqrt(1 - ab_s - sig^2) eps + sig noise,      eps from x_t and this x0
         sig = eta sqrt((1 - ab_s) / (1 - ab_t)) sqrt(1 - ab_t / ab_s)
     eta from 0 (deterministic) to 1 (DDPM, small variance); noise (B, ...), or None if sig is 0.
-    t, s int or (B,). ValueError for another eta, without noise, unless 0 <= s < t (two_timesteps).
+    t, s int or (B,). ValueError for another eta, missing noise, or unless 0 <= s < t.
     """
     ab_t, ab_s = two_timesteps(alphabar, t, s)
     if not 0 <= eta <= 1:
@@ -325,10 +326,10 @@ def inpaint(network, alphabar, x, known, mask, timesteps, *, resample=10, predic
             clamp=None, variance="small", generator=None, progress=None):
     """Noise x -> data that equals `known` (B, ...) where mask is True or 1.   RePaint algorithm 1
 
-    Each step samples the unknown part, and noises `known` to the same timestep. For the two to fit,
-    it is undone by the forward process and repeated, `resample` times in all.
-    Note: an approximation of p(unknown | known). More repetitions give a better mean; with variance
-    "small" each also takes away spread, so use "learned" or measure_cov's.
+    Each step samples the unknown part and noises `known` to the same timestep. So that they fit, x
+    is noised from s back to t and the step is made again, `resample` times in all.
+    Note: an approximation of p(unknown | known). More repetitions give a better mean, but with
+    variance "small" also less spread: use "learned" or a table of measure_cov.
     """
     if resample < 1:
         raise ValueError(f"expected resample >= 1, how often each step is made, got {resample}")
@@ -355,9 +356,9 @@ def step_variance(alphabar, variance, small, raw, t, s):
     uncertainty about x0:  small + (weight of x0 in the mean)^2 cov_t.   Analytic-DPM
     """
     if torch.is_tensor(variance):
-        ab_t, ab_s, b = alphabar[t], alphabar[s], 1 - alphabar[t] / alphabar[s]
-        weight2 = ab_s * (b / (1 - ab_t)) ** 2
-        return expand(b * (1 - ab_s) / (1 - ab_t) + weight2 * variance[t], small)
+        ab_t, ab_s = alphabar[t], alphabar[s]
+        weight = ab_s.sqrt() * (1 - ab_t / ab_s) / (1 - ab_t)
+        return small + expand(weight ** 2 * variance[t], small)
     if variance == "small":
         return small
     if variance == "large":
@@ -393,7 +394,7 @@ def vlb_loss(alphabar, x0_hat, raw, x0, x_t, t):
     """One term of the variational bound: KL of q(x_s | x_t, x0) and p(x_s | x_t), s = t - 1.
 
     At t = 1 minus the discretised log-likelihood. x0_hat, raw (B, ...) are predictions, t (B,)
-    -> (B,) bits per dimension. L_simple is the same without weights (IDDPM eq. 5-6, DDPM sec. 3.4).
+    -> (B,) bits per dimension. L_simple is its squared error, unweighted (IDDPM eq. 5-6, DDPM 3.4).
     """
     mean, _ = q_posterior(alphabar, x0, x_t, t, t - 1)
     mean_hat, _ = q_posterior(alphabar, x0_hat, x_t, t, t - 1)

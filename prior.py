@@ -151,11 +151,11 @@ class DiffusionPrior(nn.Module):
 
     @torch.no_grad()
     def fit_variance(self, z_i, text, steps=64, generator=None):
-        """Measure the trained model's errors, z_i (N, D), for Analytic-DPM's variance.   App. C"""
+        """Set cov, for Analytic-DPM, to the trained model's errors on z_i (N, D).   App. C"""
         x0, timesteps = self.scale(z_i), diffusion.spaced_timesteps(self.config.T, steps)
         cov = diffusion.measure_cov(self.denoiser(text), self.alphabar, x0, timesteps, generator,
                                     self.config.predicts)
-        self.cov.copy_(cov.clamp(0, x0.pow(2).mean().item()))      # predicting 0 would be no worse
+        self.cov.copy_(cov.clamp(0, x0.pow(2).mean().item()))      # at most x0_hat = 0's error
 
 
 # ---------------------------------------------------------------- autoregressive prior
@@ -163,7 +163,7 @@ class DiffusionPrior(nn.Module):
 class ARPriorConfig:
     """Sizes of the toy's AR prior; in the comments the paper's (unCLIP table 3, sec. 2.2)."""
     embed_dim: int = 64             # D, 1024
-    components: int = 32            # K principal components, 319; training takes what 99 % need
+    components: int = 32            # K principal components, 319; train_toy keeps 99 % of variance
     buckets: int = 64               # codes per component, 1024
     vocab_size: int = 600           # 16384
     context: int = 20               # L caption tokens, 256
@@ -178,7 +178,7 @@ class ARPriorConfig:
 class ARPrior(nn.Module):
     """z_i as a sequence of codes, each predicted from caption, z_t and the codes before.   Sec. 2.2
 
-        [z_t, dot, c_1, ..., c_K-1]  ->  predictions of c_1, ..., c_K, from the dot token on
+        [z_t, dot, c_1, ..., c_(K-1)]  ->  predictions of c_1, ..., c_K, from the dot token on
     c_k is the k-th principal component of z_i, quantised into equally full buckets. dot is the
     cosine of z_i and z_t, quantised too: in sampling one of the top half, for an image that fits
     its caption. A text encoder of its own gives keys and values for cross-attention.
@@ -268,8 +268,8 @@ class ARPrior(nn.Module):
     def fit_codes(self, z_i, z_t):
         """Choose components, buckets and their values from data, z_i, z_t (N, D): before training.
 
-        Fills mean, basis; edges, of components, and dot_edges, of cosines; and values, the mean of
-        each bucket; an empty one has its lower edge.   ValueError if N < buckets or K > D.
+        Fills mean and basis; edges (of the components) and dot_edges (of the cosines); and values,
+        each the mean of a bucket, or its lower edge if empty.   ValueError if N < buckets or K > D.
         """
         N, D, K, buckets = len(z_i), *self.basis.shape, self.config.buckets
         if K > D:

@@ -49,9 +49,10 @@ def train(part, recipe, batch_loss, seed=0, state=None, save=None, name="", save
     """Train one nn.Module -> its losses, one for each step; it ends with averaged weights.
 
     batch_loss(progress) draws a batch and returns its mean loss; progress goes from 0 to 1.
-    save(state) receives what a later call needs as `state` to go on, every save_seconds, or so many
-    times as long as it takes; the tensors in it change with the next step. Every step seeds torch
-    anew: a resumed run draws what it would have drawn.   FloatingPointError: the loss is not finite
+    save(state) receives what a later call needs as `state` to go on, every save_seconds (times d,
+    if a save takes d > 1 seconds); the tensors in it change with the next step. Every step seeds
+    torch anew: a resumed run draws what it would have drawn.   FloatingPointError: the loss is not
+    finite
     """
     part.train()
     weights, optimizers = list(part.parameters()), make_optimizers(part, recipe)
@@ -180,7 +181,7 @@ class Recipe:
     crops: int = 4                # of an upsampler's image, a quarter of the side; 0: all of it
 
 
-TOY = {                           # steps, batch, learning rate
+TOY = {                           # steps, batch, lr, muon, weight_decay, beta2
     "clip": Recipe(1100, 128, 1e-3, 3e-3, 0.1, 0.98, uniformity=1.0, start=True),
     "diffusion_prior": Recipe(350, 128, 1e-3, 0.0, 0.06, 0.96, ema=0.99),
     "ar_prior": Recipe(580, 64, 1e-3, 3e-3, 0.04, 0.96, ema=0.99),
@@ -270,11 +271,10 @@ def worst_nearby(weights, rho):
 
 # ---------------------------------------------------------------- what only the toy needs
 # These pay in a run of minutes, the shorter the more; PAPER does without. On one seed CLIP finds
-# the caption of an unseen image among its four swaps in 99.5 % of 400. Without hard negatives:
-# 66.3; curriculum: 97.0; Muon: 96.3. A decoder of 700 steps draws 70 % of 300 unseen captions of
-# two objects right (extras/README.md). Without Muon: 17; v-prediction (unclip.PRESETS): 24. CLIP's
-# hidden states took held-out pairs of an older decoder, which had read captions by itself, from 76
-# to 84 %.
+# the caption of an unseen image among the four of `swaps` in 99.5 % of 400; without hard negatives
+# in 66.3, without the curriculum in 97.0, without Muon in 96.3. A decoder of 700 steps draws 70 %
+# of 300 unseen captions of two objects right; without Muon 17, predicting eps, not v
+# (unclip.PRESETS), 24. Fully trained: "What a training trick buys" in extras/README.md.
 
 
 def toy_start(name, part, data):
@@ -290,7 +290,7 @@ def toy_start(name, part, data):
         nn.init.normal_(part.text.tok.weight, std=0.1)
 
     if name == "decoder":
-        # whitened projections of z_i, with a ridge of 2 %; without: decoder 23, in full 96 for 98
+        # whitened projections of z_i, with a ridge of 2 %; without: decoder 23
         z_i = data.z_i.cpu()
         power, basis = torch.linalg.eigh(z_i.T.cov())
         gain = power.clamp(min=0).sqrt() / (power + 0.02 * power[-1] + 1e-12)
@@ -325,12 +325,12 @@ def hard_negatives(rng, two):
         only = first.objects[0]
         others = [Scene((replace(only, shape=s),)) for s in SHAPES if s != only.shape]
 
+    others = [scene for scene in others if split(scene) == "train"]
     for _ in range(30):                           # some scenes have few neighbours in training
-        others = [scene for scene in others if split(scene) == "train"]
         if len(others) == 3:
             break
         new = edit(first, rng)
-        if new != first and new not in others:
+        if split(new) == "train" and new != first and new not in others:
             others.append(new)
     others += [first] * (3 - len(others))
     return [first] + [place(scene, rng) for scene in others]
@@ -361,13 +361,13 @@ def edit(scene, rng):
 #     captions              a list of N strings
 #     images(rows, size)    -> (len(rows), 3, size, size) in [-1, 1]
 # and, if it likes,
-#     group                 so many rows in a row belong together, such as hard negatives; else 1
-#     curriculum(progress)  the first fraction of the rows, which CLIP sees; else 1.0, all
+#     group                 so many consecutive rows belong together, as hard negatives do; else 1
+#     curriculum(progress)  the fraction of the rows, from the start, that CLIP sees; else 1.0
 
 
 class World:
-    """Scenes of the toy world in groups of four: a fifth has one object; the first two thirds use
-    only "left of" and "above", which are "right of" and "below" seen from the other side."""
+    """Scenes of the toy world in groups of four: the first fifth has one object; the first two
+    thirds use only "left of" and "above", "right of" and "below" seen from the other side."""
     group, one_object, two_relations = 4, 0.2, 0.65
 
     def __init__(self, groups, seed=0):
@@ -520,8 +520,8 @@ class Settings:
     vocab: str | None = option(None, "a tokenizer to use, not to learn from the captions: OpenAI's "
                                "merges file, or a folder with vocab.json and merges.txt",
                                type=unclip.named)
-    save_seconds: float = option(20.0, "between saves; and at least so many times as long as one "
-                                 "takes", type=unclip.number(0.0, 1e6))
+    save_seconds: float = option(20.0, "between saves; times d, if a save takes d > 1 seconds",
+                                 type=unclip.number(0.0, 1e6))
     device: str = option("cpu", "cpu, cuda, mps")
     dtype: str = option("fp32", "of matrix products; the weights are float32",
                         choices=("fp32", "tf32", "bf16"))
@@ -788,7 +788,7 @@ def evaluate(args):
     """Draw captions that training never showed, under each condition, and parse the images.
 
     Accuracy: every stated attribute is right, by the exact parser, at full size. Outlines: IoU and
-    PSNR, mean and worst tenth, see `outline`. Then what fails most.
+    PSNR, mean and 10th percentile, see `outline`. Then what fails most.
     """
     model, start = unclip.load(args.weights, unclip.pick_device(args.device)), time.monotonic()
     rng, n = random.Random(args.seed), max(1, 2 * args.captions // 5)
@@ -836,7 +836,7 @@ def score(model, sets, condition, seed=0):
     row = {name: float(np.mean([not next(verdicts) for _ in own])) for name, own in sets.items()}
     for name, values in zip(("IoU", "PSNR"), np.array(outlines or [(0.0, 0.0)]).T):
         row[name] = float(values.mean())
-        row[f"{name}, worst tenth"] = float(np.quantile(values, 0.1))
+        row[f"{name}, 10th percentile"] = float(np.quantile(values, 0.1))
     row["wrong attributes"] = Counter(name for some in wrong for name in some)
     row["wrong pairs"] = Counter(" and ".join(sorted(o.shape for o in scene.objects))
                                  for scene, some in zip(scenes, wrong) if some)
@@ -882,7 +882,7 @@ SIZES = {"small": (0.126, 0.148), "large": (0.182, 0.222)}            # range of
 MIRROR = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT = {("red", "triangle"), ("yellow", "cross"), ("green", "circle"), ("purple", "square")}
 SHADE, TILT, MARGIN, GAP = 0.08, 8.0, 0.02, 0.08
-DIAGONAL = 0.6         # how far centres may differ on the other axis, as a fraction of this one
+DIAGONAL = 0.6         # how far centres may differ across the relation's axis, times along it
 # Times r: a square's half side, a triangle's inner radius, a cross's half length and half width
 SQUARE, TRIANGLE, CROSS, ARM = 0.92, 0.675, 1.15, 0.36
 AREA = math.pi, 4 * SQUARE ** 2, 27 ** 0.5 * TRIANGLE ** 2, 8 * CROSS * ARM - 4 * ARM ** 2  # r ** 2
@@ -946,7 +946,7 @@ def parse(text):
 
 
 def agrees(stated, seen):
-    """Is everything that `stated` states right in `seen`? An unstated size is free."""
+    """Is all that `stated` states right in `seen`? An unstated size is free, not "unclear"."""
     return not mistakes(stated, seen)
 
 
@@ -1009,7 +1009,7 @@ def random_scene(rng, two=None, split_of=None, unstated=0.15):
 
 def place(scene, rng):
     """Draw what the caption leaves open. Bounding boxes keep MARGIN from the rim, and GAP from each
-    other along the relation's axis; on the other centres differ by at most DIAGONAL of that."""
+    other along the relation's axis; across it, centres differ by at most DIAGONAL times as much."""
     if scene.relation in ("right of", "below"):
         return place(scene.mirrored(), rng).mirrored()
     while True:                                   # draw again if too large together, or diagonal
@@ -1083,8 +1083,8 @@ def coverage(shape, x, y, r, tilt, size):
 
 
 def distance(shape, u, v, r):
-    """Signed distance from (u, v) to an upright shape around (0, 0); negative inside. For the
-    straight shapes to the nearest side's whole line, so that corners stay sharp."""
+    """Signed distance from (u, v) to an upright shape around (0, 0); negative inside. For straight
+    shapes the largest to a side's line (cross: of the nearer bar), so that corners stay sharp."""
     if shape == "circle":
         return (u * u + v * v).sqrt() - r
     if shape == "triangle":                                               # three half planes
@@ -1269,7 +1269,7 @@ def main(argv=None):
             add("--" + own.name.replace("_", "-"), default=own.default, **own.metadata)
 
     if command == "read":
-        add("image", help="of any size; its middle square is read")
+        add("image", help="of 16 px, or 32 and more; its middle square is read")
     elif command == "world":
         add("-o", "--out", default="world.png", type=unclip.image_name, help="the file to write")
     elif command == "evaluate":

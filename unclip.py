@@ -136,7 +136,7 @@ class UnCLIP:
         """Of N images for each of B embeddings the one that is nearest to it by CLIP.
 
         images (B N, 3, H, W), N in a row; z (B, D), of captions (DALL-E sec. 2.6) or of images
-        -> (B, 3, H, W). together: for all B the same of the N, nearest on average.
+        -> (B, 3, H, W). together: all B take the same one of their N, the nearest on average.
         """
         z_i = clip.unit(expect_finite(self.encode_image(images), "CLIP"))        # (B N, D)
         scores = (z_i.unflatten(0, (len(z), -1)) * clip.unit(z)[:, None]).sum(2)   # (B, N)
@@ -181,7 +181,8 @@ class UnCLIP:
         return given if name == "upsampler_steps" else RANGES[name](given)
 
     def check(self, B, prior=None, /, generator=None, upsampler_steps=None, **given):
-        """ValueError for what cannot be meant, before minutes of drawing B images by this prior."""
+        """Before minutes of drawing B images: ValueError for options out of range or at odds,
+        TypeError for unknown ones. prior None: they are drawn from given embeddings, sec. 3."""
         steps = self.setting("upsampler_steps", upsampler_steps)
         n = len(self.config.sampling.upsampler_steps)
         if not isinstance(steps, (tuple, list)) or len(steps) not in (0, n):
@@ -225,9 +226,8 @@ class UnCLIP:
                       together=False, upsampler_steps=None, generator=None, progress=False):
         """z_i (B, D), x_T (B, 3, h, h) -> images (B, 3, H, H) in [-1, 1].   Sec. 3
 
-        The way back of `latent`, nearly, with guidance 1, eta 0, the same text and steps; with eta
-        1 little of x_T is left. Of `rerank` draws the one nearest to z_i by CLIP is kept, of each
-        row or `together`.
+        Nearly inverts `latent`, with guidance 1, eta 0, the same text and steps; with eta 1 little
+        of x_T is left. Of `rerank` draws CLIP keeps the one nearest to z_i: see `UnCLIP.rerank`.
         """
         z, x_T = z_i.repeat_interleave(rerank, 0), x_T.repeat_interleave(rerank, 0)
         text = self.no_caption(len(z_i)) if text is None else text
@@ -381,14 +381,14 @@ def slerp(a, b, fraction):
 # ---------------------------------------------------------------- presets
 @dataclass
 class Sampling:
-    """How a stack is sampled unless told otherwise. In the comments the paper's."""
-    guidance: float = 2.0           # of the decoder, 1.25 to 4 (table 2, fig. 9)
+    """How a stack is sampled by default."""
+    guidance: float = 2.0           # of the decoder; the paper's: 1.25 to 4 (table 2, fig. 9)
     guidance_above: int = 0         # only at t above this (Kynkaanniemi et al. 2024); 0: always
-    refine: int = 0                 # predictions averaged in the end, see Decoder.refine; 0: none
+    refine: int = 0                 # predictions averaged after sampling: Decoder.refine; 0: none
     prior_guidance: float = 1.0     # "guiding the prior hurt results" (sec. 5.5)
     prior_steps: int = 64
     decoder_steps: int = 250
-    upsampler_steps: tuple = (27, 15)
+    upsampler_steps: tuple = (27, 15)   # one number for each upsampler; (): images stay small
     temperature: float = 1.0        # of the AR prior's codes; below 1 the likelier ones
     candidates: int = 2             # image embeddings drawn, the one nearest the caption is kept
     rerank: int = 1                 # small images drawn, the one CLIP likes best is enlarged
@@ -413,8 +413,8 @@ def toy():
         "toy",
         clip.CLIPConfig(embed_dim=64, context=20, activation="gelu",
                         pixel_mean=(1.0,) * 3, pixel_std=(0.33,) * 3),           # white is 0
-        prior.DiffusionPriorConfig(), prior.ARPriorConfig(),        # sizes stand in the classes
-        decoder.DecoderConfig(text_layers=0, predicts="v", drop_text=0.25),    # CLIP reads for it
+        prior.DiffusionPriorConfig(), prior.ARPriorConfig(),        # sizes: the classes' defaults
+        decoder.DecoderConfig(text_layers=0, predicts="v", drop_text=0.25),    # reads CLIP's states
         decoder.UpsamplerConfig(predicts="x0", residual=True),
         decoder.UpsamplerConfig(decoder.UNetConfig(size=256, in_channels=6, out_channels=3,
                                                    channels=16, mults=(1, 1), groups=2),
@@ -468,7 +468,7 @@ def build(preset, device="cpu", dtype=torch.float32):
 
 
 def build_part(kind, config, device="cpu", dtype=torch.float32):
-    """One part with fresh weights, convolutions' in the memory order of images; None: no config."""
+    """One part with fresh weights, in the memory format channels_last; None without a config."""
     if config is None:
         return None
     with torch.device(device):
@@ -597,7 +597,8 @@ def write_atomically(path, write):
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"could not write {path}: {getattr(cause, 'strerror', cause)}") from None
+        reason = getattr(cause, "strerror", None) or cause
+        raise OSError(f"could not write {path}: {reason}") from None
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()                              # if it was not renamed
@@ -605,7 +606,7 @@ def write_atomically(path, write):
 
 # ---------------------------------------------------------------- images in and out
 def open_mask(mask):
-    """A path, a PIL image or (S, S) in 0..1 -> (1, 1, S, S), 1 where it is white, else 0."""
+    """A path, a PIL image or (S, S) in 0..1 -> (1, 1, S, S): 1 where more than half white, or 0."""
     if torch.is_tensor(mask):
         if mask.ndim != 2 or not 0 <= mask.min() <= mask.max() <= 1:
             raise ValueError(f"expected a mask (S, S) in 0..1, got {tuple(mask.shape)} in "
@@ -627,7 +628,7 @@ def to_pil(x):
 
 
 def save_grid(images, path, columns):
-    """Images (B, 3, H, W) in [-1, 1], row by row with a white rim, to a PNG or JPEG file."""
+    """Images (B, 3, H, W) in [-1, 1], row by row with white gaps, to a PNG or JPEG file."""
     path, (B, _, H, W) = image_name(path), images.shape
     rows, gap = math.ceil(B / columns), 0 if B == 1 else max(2, H // 64)
     sheet = Image.new("RGB", (columns * (W + gap) - gap, rows * (H + gap) - gap), "white")
@@ -670,7 +671,7 @@ def named(path):
     """A name that is not "", as of a shell's variable that was never set.   OptionError"""
     if not str(path):
         raise OptionError("expected a name, got ''")
-    return path
+    return str(path)
 
 
 def writable(path):

@@ -45,7 +45,7 @@ from extras import benchmark
 from train_toy import Object, Scene, caption, plt, render_many, stated
 
 STEPS = 25                                        # of DDIM, each way
-GROUPS = 300                                      # of the training set to compare with, a scene
+GROUPS = 300                                      # of training scenes to search, a scene drawn
 KINDS = ("colour", "shape", "size")               # attributes of an object
 
 # ---------------------------------------------------------------- a setting, and what it draws
@@ -137,10 +137,12 @@ def draw_captions(d):
 def draw_image(d):
     """From the bipartite latents of true images: varied, edited, or of few components.   Sec. 3"""
     d.z_i, text = clip.unit(d.model.encode_image(d.true)), None
-    if d.setting.edit:
+    if d.setting.edit:                            # as UnCLIP.text_diff, which edits one image
         source = d.artist.encode_text(d.captions)
         text = d.artist.encode_text([caption(target) for target in d.targets])
         x_T = d.artist.latent(d.true, STEPS, text=source)[1]
+        z_d = clip.unit(clip.unit(text.z_t) - clip.unit(source.z_t))
+        d.z_i = unclip.slerp(d.z_i, z_d, d.setting.strength)
     elif d.setting.components is None:
         x_T = d.artist.latent(d.true, STEPS)[1]
     else:
@@ -149,10 +151,6 @@ def draw_image(d):
         d.z_i = clip.unit(mean + (d.z_i - mean) @ basis @ basis.T)
         x_T = diffusion.noise_like(torch.empty(len(d.z_i), 3, d.size, d.size), d.generator)
 
-    # not UnCLIP.text_diff, which is of one image
-    if d.setting.edit:
-        z_d = clip.unit(clip.unit(text.z_t) - clip.unit(source.z_t))
-        d.z_i = unclip.slerp(d.z_i, z_d, d.setting.strength)
     s = d.setting
     return torch.stack([d.artist.decode_latent(
         d.z_i, x_T, text=text, eta=s.eta, guidance=s.guidance, steps=STEPS,
@@ -215,7 +213,7 @@ DRAW = {"image": draw_image, "inpainting": draw_hole, "interpolation": draw_path
 
 
 def some_scenes(seed, n, keep=lambda scene: True, **options):
-    """n scenes that were not trained on, their sizes stated; options: random_scene's."""
+    """n scenes, of the test part with sizes stated unless options (random_scene's) differ."""
     rng, options = random.Random(1000 + seed), {"split_of": "test", "unstated": 0.0} | options
     scenes = (train_toy.random_scene(rng, **options) for _ in itertools.count())
     return list(itertools.islice(filter(keep, scenes), n))
@@ -523,16 +521,15 @@ GALLERY = ("a small red circle above a large blue square", "a large orange squar
 
 
 @torch.no_grad()
-def measure(models, finding, seeds, n=None, baseline=None):
-    """Every setting of a finding, on each seed (in turn by one of the models).
+def measure(model, finding, seeds, n=None, baseline=None):
+    """Every setting of a finding, on each seed.
 
     -> {"setting: measure": (mean, standard deviation or, of one seed, None)}
     """
     numbers = {}
     for label, setting in finding.rows().items():
-        runs = [draw(models[seed % len(models)],
-                     some_scenes(seed, n or finding.n, **finding.scenes), setting, seed, baseline)
-                for seed in range(seeds)]
+        runs = [draw(model, some_scenes(seed, n or finding.n, **finding.scenes), setting, seed,
+                     baseline) for seed in range(seeds)]
         for name in setting.measures:
             values = [float(MEASURES[name](run)) for run in runs]
             deviation = float(np.std(values, ddof=1)) if seeds > 1 else None
@@ -602,7 +599,7 @@ def finding_grid(path, model, finding, baseline=None):
 
 
 def measure_table(args):
-    """Measure the rows of a table: a JSON file, and for the paper's findings figures, in OUT."""
+    """Measure the rows of a table, into OUT: a JSON file, and a figure of each row with a title."""
     args.out.mkdir(parents=True, exist_ok=True)
     file = unclip.writable(args.out / args.file)
     found = read_found(file) if file.exists() else {}
@@ -613,7 +610,7 @@ def measure_table(args):
 
     for name in args.only:
         start, finding, picture = time.process_time(), args.table[name], args.out / f"{name}.png"
-        numbers = measure([model], finding, args.seeds, args.scenes, baseline)
+        numbers = measure(model, finding, args.seeds, args.scenes, baseline)
         if finding.curves:
             draw_curves(picture, finding, numbers)
         elif finding.title:

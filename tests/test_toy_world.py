@@ -120,6 +120,14 @@ def test_the_splits_never_leak_and_no_description_of_a_scene_changes_its_split()
         assert {train_toy.split(s) for s in scenes(50, split_of=part)} == {part}
 
 
+def test_no_hard_negative_is_of_another_part_even_the_last_that_is_tried(monkeypatch):
+    unseen = train_toy.parse("a red triangle")
+    monkeypatch.setattr(train_toy, "edit", lambda scene, rng: unseen)
+    for seed in range(4):
+        group = train_toy.hard_negatives(random.Random(seed), two=False)
+        assert {train_toy.split(scene) for scene in group} == {"train"}, "a leak into training"
+
+
 def test_swaps_and_hard_negatives_change_one_kind_of_word_and_stay_in_the_training_set():
     assert [train_toy.caption(s) for s in train_toy.swaps(train_toy.parse(TWO))] == [
         TWO, "a small blue circle above a large red square",

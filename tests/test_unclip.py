@@ -605,9 +605,13 @@ def test_whatever_happens_the_old_file_is_whole_and_the_true_cause_is_named(stac
         file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
+    def too_wide(file):
+        raise OSError("encoder error -2")                          # Pillow's, without a number
+
     (tmp_path / "a").write_text("old")
-    with pytest.raises(OSError, match="a: No space left on device"):
-        unclip.write_atomically(tmp_path / "a", full_disk)
+    for write, cause in ((full_disk, "No space left on device"), (too_wide, "encoder error -2")):
+        with pytest.raises(OSError, match=f"a: {cause}$"):
+            unclip.write_atomically(tmp_path / "a", write)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "old")], "no half files"
     (tmp_path / "a").chmod(0o600)
     unclip.write_atomically(tmp_path / "a", lambda file: file.write(b"new"))

@@ -128,7 +128,7 @@ def test_rows_of_a_figure_are_settings_and_columns_scenes(tmp_path, monkeypatch)
 def test_the_numbers_are_mean_and_deviation_over_the_seeds(monkeypatch):
     monkeypatch.setattr(findings, "draw", lambda model, scenes, setting, seed, baseline: seed)
     monkeypatch.setitem(findings.MEASURES, "accuracy", lambda seed: [1, 2, 6][seed])
-    numbers = findings.measure([None], findings.Finding("", "", {"": {"x": Setting()}}), 3, 2)
+    numbers = findings.measure(None, findings.Finding("", "", {"": {"x": Setting()}}), 3, 2)
     assert numbers["x: accuracy"] == pytest.approx((3.0, 7 ** 0.5))        # (4 + 1 + 9) / 2
 
 
