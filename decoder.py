@@ -55,9 +55,9 @@ class Decoder(nn.Module):
         self.register_buffer("null_image", torch.zeros(c.embed_dim))    # replaces a dropped z_i
 
     def condition(self, z_i, text):
-        """What the U-Net is conditioned on: emb (B, E), context (B, K, X), mask (B, K) or None.
+        """What conditions the U-Net: emb (B, E), context (B, K, X), mask None (Karlo: (B, K)).
 
-        z_i (B, D) unit vectors; text a clip.Text, or your own class with drop, null, after and map.
+        z_i (B, D) unit, or null_image; text a clip.Text, or your class with drop, null, after, map.
         """
         z_i = z_i.to(self.image_emb.weight.dtype)
         own = self.config.text_layers > 0
@@ -177,7 +177,7 @@ class Decoder(nn.Module):
         return x.clamp(-1, 1)
 
     def ddim_timesteps(self, steps):
-        """From 1 to 0.997 T (250: ADM's 1, 5, ..., 997), as at T x0 hardly follows from eps."""
+        """1 to 0.997 T (250: ADM's 1, 5, ..., 997): at T eps hardly gives x0; no clamp helps."""
         return diffusion.spaced_timesteps(self.config.T - max(1, 3 * self.config.T // 1000), steps)
 
 
@@ -236,7 +236,7 @@ class Upsampler(nn.Module):
         return diffusion.spaced_timesteps(T, steps)
 
     def prepare(self, high, crops=1):
-        """(B, 3, S, S) -> crops x0 (B crops, 3, S / 4, S / 4), low (B crops, 3, S / 16, S / 16).
+        """(B, 3, S, S) -> x0 (B * crops, 3, S / 4, S / 4), low (B * crops, 3, S / 16, S / 16).
 
         Images are shrunk, and (without BSR) half of them blurred, before they are cropped: crops
         are not mirrored at their edges. crops = 0: the whole (B, 3, S, S), (B, 3, S / 4, S / 4).
@@ -511,8 +511,7 @@ def crop_pair(high, low, crop):
 
 
 def gaussian_blur(x, sigma=0.6, radius=1, centre=0.0, stride=1):
-    """The first upsampler's blur, of std sigma: (B, 3, H, W) -> the same shape, with stride 1.
-    unCLIP app. C"""
+    """The first upsampler's blur, sigma a std: (B, 3, H, W), of its size if stride = 1.   App. C"""
     offset = torch.arange(-radius, radius + 1, dtype=torch.float64) - centre
     weights = (-offset ** 2 / (2 * sigma ** 2)).softmax(0)           # (2 radius + 1,), sum 1
     return filter2d(x, torch.outer(weights, weights), stride)

@@ -151,7 +151,7 @@ class DiffusionPrior(nn.Module):
 
     @torch.no_grad()
     def fit_variance(self, z_i, text, steps=64, generator=None):
-        """Set cov, for Analytic-DPM, to the trained model's errors on z_i (N, D).   App. C"""
+        """Measure cov[t], the error of x0 at t, on z_i (N, D), for `step_variance`.   App. C"""
         x0, timesteps = self.scale(z_i), diffusion.spaced_timesteps(self.config.T, steps)
         cov = diffusion.measure_cov(self.denoiser(text), self.alphabar, x0, timesteps, generator,
                                     self.config.predicts)

@@ -136,7 +136,7 @@ class UnCLIP:
         """Of N images for each of B embeddings the one that is nearest to it by CLIP.
 
         images (B N, 3, H, W), N in a row; z (B, D), of captions (DALL-E sec. 2.6) or of images
-        -> (B, 3, H, W). together: all B take the same one of their N, the nearest on average.
+        -> (B, 3, H, W). together: all B keep draw k, the best k on average: a whole path.
         """
         z_i = clip.unit(expect_finite(self.encode_image(images), "CLIP"))        # (B N, D)
         scores = (z_i.unflatten(0, (len(z), -1)) * clip.unit(z)[:, None]).sum(2)   # (B, N)
@@ -181,8 +181,7 @@ class UnCLIP:
         return given if name == "upsampler_steps" else RANGES[name](given)
 
     def check(self, B, prior=None, /, generator=None, upsampler_steps=None, **given):
-        """Before minutes of drawing B images: ValueError for options out of range or at odds,
-        TypeError for unknown ones. prior None: they are drawn from given embeddings, sec. 3."""
+        """Before minutes of drawing B images: ValueError for options out of range or at odds."""
         steps = self.setting("upsampler_steps", upsampler_steps)
         n = len(self.config.sampling.upsampler_steps)
         if not isinstance(steps, (tuple, list)) or len(steps) not in (0, n):
@@ -408,7 +407,7 @@ class Config:
 
 
 def toy():
-    """Everything small: 16 -> 64 -> 256 px, trained by train_toy.py on a CPU in minutes."""
+    """16 -> 64 -> 256 px, each four times the last; train_toy.py trains it on a CPU in minutes."""
     return Config(
         "toy",
         clip.CLIPConfig(embed_dim=64, context=20, activation="gelu",
