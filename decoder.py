@@ -177,7 +177,7 @@ class Decoder(nn.Module):
         return x.clamp(-1, 1)
 
     def ddim_timesteps(self, steps):
-        """1 to 0.997 T (250: ADM's 1, 5, ..., 997): at T eps hardly gives x0; no clamp helps."""
+        """1 to 0.997 T (250: ADM's 1, 5, ..., 997): at T eps hardly gives x0; no clamp here."""
         return diffusion.spaced_timesteps(self.config.T - max(1, 3 * self.config.T // 1000), steps)
 
 

@@ -5,7 +5,7 @@
     python extras/benchmark.py memory --preset paper                GB of every part in each dtype
     python extras/benchmark.py sizes                                the paper's table of parameters
     python extras/benchmark.py compare [--diffusers]                other ways, other libraries
-    python extras/benchmark.py machine --device cuda                its products; its images, ours
+    python extras/benchmark.py machine --device cuda                its speed, its images, the CPU's
     python extras/benchmark.py acceptance --device cuda --out gpu   a GPU's ten minutes: everything
 
 A "share" is FLOP/s as a fraction of what one large matrix product reaches on the same machine.
@@ -91,7 +91,7 @@ SWITCHES = {
     "compile": None, "recompute": None, "contiguous-weights": None, "AdamW-not-fused": None,
     "tf32": lambda device: float32_as_tf32(True),
     "autocast": lambda device: torch.autocast(device.type, torch.bfloat16),
-    "cudnn-benchmark": lambda device: torch.backends.cudnn.flags(enabled=True, benchmark=True),
+    "cudnn-benchmark": lambda device: torch.backends.cudnn.flags(True, True, allow_tf32=False),
     "explicit-softmax": lambda device: sdpa_kernel(SDPBackend.MATH),
     "flash-attention": lambda device: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
     "efficient-attention": lambda device: sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION),
@@ -153,7 +153,8 @@ def sampling_step(name, part, s, B):
     """-> (do one step of sampling, how many steps it takes), for one part of a stack.
 
     The part's own `sample` runs up to its loop. Of s.rerank small images one is upsampled; what
-    CLIP takes to choose it, and Decoder.refine, are not counted.
+    CLIP takes to choose it, and Decoder.refine, are not counted. Each step counts as guided, also
+    where s.guidance_above leaves some unguided (4 of the toy's 12).
     """
     def stop(network, alphabar, x, timesteps, **options):
         raise Started(network, x, timesteps)
@@ -210,7 +211,7 @@ def training_loss(name, part, B):
 
 
 def trainer(part, fused=True):
-    """-> step(loss): what a step of the paper's training does: gradients, clipping, AdamW, EMA."""
+    """-> step(loss), as train_toy trains the paper's parts: gradients, clipping, AdamW, EMA."""
     weights = list(part.parameters())
     opt = torch.optim.AdamW(weights, 1e-4, fused=fused)
     averages = [w.detach().clone() for w in weights]
@@ -257,10 +258,9 @@ class Living(TorchDispatchMode):
         return out
 
 
-def flops(step):
+def flops(step, fast=torch.cuda.is_available()):
     """FLOPs of the matrix products, convolutions and attention of one call."""
-    fast = torch.cuda.is_available()                     # the CPU's fast kernel is not counted
-    with nullcontext() if fast else sdpa_kernel(SDPBackend.MATH):
+    with nullcontext() if fast else sdpa_kernel(SDPBackend.MATH):     # the CPU's is not counted
         with FlopCounterMode(display=False) as counter:
             step()
     return counter.get_total_flops()
@@ -302,6 +302,8 @@ def count(setting):
 def synchronize(device):
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+    elif torch.device(device).type == "mps":
+        torch.mps.synchronize()
 
 
 def seconds_of(step, device, limit, most):
@@ -447,6 +449,8 @@ def add(found, path, row, numbers):
 
 def run(args):
     """A table of all parts. --device meta only counts, anywhere, without GPU or memory."""
+    if args.train and args.dtype == "fp16":
+        raise ValueError("--train takes --dtype fp32 or bf16, as train_toy.py does, got fp16")
     dtype, names = unclip.DTYPES[args.dtype], [n for n in parts_of(args.preset) if n in args.only]
     device = torch.device("meta") if args.device == "meta" else unclip.pick_device(args.device)
     ceiling = None if device.type == "meta" else matmul_ceiling(device, dtype)
@@ -457,7 +461,7 @@ def run(args):
     found["rows"], full = [], set()                      # full: what did not fit, or work
     always = tuple(name for name in ("compile", "recompute") if getattr(args, name))
     ways = [always, *((*always, name) for name in args.switch)]
-    for B, switches, name in itertools.product(args.batch, ways, names):
+    for B, switches, name in itertools.product(sorted(args.batch), ways, names):
         if (name, switches) not in full:
             setting = Setting(name, args.preset, B, dtype, args.train, switches)
             row = add(found, args.json,
@@ -644,7 +648,7 @@ def compare(args):
         turns = [{name: seconds_of(step, "cpu", limit=0.2, most=10) for name, step in ways.items()}
                  for _ in range(args.runs + 1)][1:]          # the first turn warms up
         median = {name: sorted(turn[name] for turn in turns)[args.runs // 2] for name in ways}
-        ours, share = median.pop("ours"), flops(ways["ours"]) / ceiling
+        ours, share = median.pop("ours"), flops(ways["ours"], fast=False) / ceiling
         for name, seconds in median.items():
             add(found, args.json, {"what": what, "ours": ours, "against": name, "seconds": seconds},
                 lambda: {"times as fast": seconds / ours, "share": share / ours})
@@ -746,8 +750,8 @@ def acceptance(args):
         unclip.write_json(file, found)
 
     text = [", ".join(about(device).values()) + ". A share is of a large matrix product of that "
-            "dtype. One step is timed, and seconds are that times their number; but for whole "
-            "images, which are drawn."]
+            "dtype. Seconds are those of one step times the number of steps; only whole images "
+            "are drawn from end to end."]
     for name, it in found.items():
         last = "".join(it.get("output", [])[-1:])
         text += [f"### {name}", it["status"], markdown(it["rows"]) if "rows" in it else last]

@@ -136,7 +136,7 @@ def not_yours(name):
 def without(chapter, names, statement=your_turn):
     """A chapter's text with one statement in place of the bodies of these functions."""
     lines = parsed(chapter)[0].copy()
-    names = [name for name in names if name.split(".")[0] == chapter]
+    names = {name for name in names if name.split(".")[0] == chapter}          # each once
     for name in sorted(names, key=body_lines, reverse=True):
         first, last = body_lines(name)
         lines[first - 1:last] = [" " * (source(name).col_offset + 4) + statement(name)]

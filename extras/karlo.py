@@ -106,7 +106,7 @@ class KarloDecoder(EmptyCaption, decoder.Decoder):
 
 
 class KarloUpsampler(decoder.Upsampler):
-    """Takes DDPM steps, not DDIM's, and the last of them with a second U-Net."""
+    """Takes DDPM steps, not DDIM's, and the one at t = 1 with a second U-Net."""
     eta = None
 
     def __init__(self, config):
@@ -172,7 +172,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def check(name, w):
-    """w, if it is a tensor without NaN and infinity, else ValueError."""
+    """The tensor w.   ValueError if it holds NaN or infinity."""
     if w.is_floating_point() and w.numel() and not torch.stack(w.aminmax()).isfinite().all():
         raise ValueError(f"{name} is not finite")
     return w.detach()
@@ -282,7 +282,8 @@ def read_folder(folder, **wanted):
     """A model's folder, as Hugging Face's libraries write it -> weights, settings."""
     settings = read_json(folder / "config.json", **wanted)
     paths = [path for end in ("", ".fp16") for kind in ("safetensors", "bin")
-             for more in ("", ".index.json") for path in folder.glob(f"*model{end}.{kind}{more}")]
+             for name in (f"*model{end}.{kind}", f"*model.{kind}.index{end}.json")
+             for path in folder.glob(name)]
     if not paths:
         raise FileNotFoundError(f"there are no weights in {folder}, such as model.safetensors")
 
@@ -387,7 +388,7 @@ def fill(kind, config, files, device, dtype, **more):
     Weights move one at a time, and those that stay as they are stay in their file.
     """
     folder = next(iter(files.values()))[1].path.parent
-    with reading(folder, "of a network that is built here"), torch.device("meta"):
+    with reading(folder, "a network that is built here"), torch.device("meta"):
         model = kind(unclip.config_from(type(config), asdict(config), kind.__name__))
     for part, (table, weights) in files.items():
         more |= {f"{part}.{name}".lstrip("."): w
@@ -431,9 +432,9 @@ def load_clip(path, device="cpu", dtype=torch.float32):
         small = max(widths) < 256 and not any(w % 64 for w in widths if w > 64)    # of tests
         known = numbers and sizes in OPENAIS or small
     if table is OPENAI and not known:
-        raise ValueError(f"{path} is not OpenAI's own file, and weights alone leave heads and "
-                         "activation (gelu, quick_gelu) open; make a folder of pytorch_model.bin "
-                         "and Hugging Face's config.json")
+        raise ValueError(f"{path} is not OpenAI's own file, and weights alone tell neither "
+                         "heads nor activation (quick_gelu fits, gelu does not); make a folder "
+                         "of pytorch_model.bin and Hugging Face's config.json")
 
     if not c.image_layers or not c.text_layers:        # half a model, without a temperature:
         weights["logit_scale"] = torch.tensor(math.log(100.0))     # where OpenAI's training ended

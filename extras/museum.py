@@ -73,18 +73,19 @@ def images(name, path):
                 "a small black cross", "a large green cross left of a small purple circle"]
 
     def draw():
-        model = unclip.load(ROOT / "weights/toy.pt")
+        model, seed = unclip.load(ROOT / "weights/toy.pt"), torch.Generator().manual_seed(0)
         if BUGS[name].function in ("unclip.UnCLIP.text_diff", "unclip.slerp"):
-            image = model.sample(captions[0], generator=torch.Generator().manual_seed(0))[0]
-            return model.text_diff(image, captions[0], "a large blue circle", 4, steps=50)
-        return model.sample(captions, generator=torch.Generator().manual_seed(0))
+            image = model.sample(captions[0], generator=seed)[0]
+            return model.text_diff(image, captions[0], "a large blue circle", 4, steps=50,
+                                   generator=seed)
+        return model.sample(captions, generator=seed)
 
     right = draw()
     with coursework.swapped({BUGS[name].function: broken(BUGS[name])}):
-        wrong = draw().nan_to_num(-1.0)
+        wrong = draw()
     unclip.save_grid(torch.cat([right, wrong]), path, len(captions))
     if torch.equal(right, wrong):
-        return f"wrote {path}: both rows are equal, as it does its harm elsewhere, as in training"
+        return f"wrote {path}: both rows are equal: it does its harm elsewhere, such as in training"
     return (f"wrote {path}: ours above, the bug below; pixels differ by "
             f"{(right - wrong).abs().mean():.3f} of 2 on average")
 
@@ -127,7 +128,7 @@ BUGS = {
     # diffusion.py
     "betas_of_another_T": Bug("diffusion.linear_alphabar", " * 1000 / T", "", "scale linear betas",
         "tiny-diffusion #4: T = 50 with the betas of T = 1000. 60 % of x_T was still signal. "
-        "diffusers #12341 wants a switch for it."),
+        "diffusers PR 12341 wants a switch for it."),
     "no_cap": Bug("diffusion.cumulate", "betas.clamp(max=0.999)", "betas", "cap betas", "The cap "
         "of IDDPM eq. 17 forgotten: alphabar_T is 0, and x0 = x_T / 0."),
     "starts_below_T": Bug("diffusion.spaced_timesteps", "[(T - 1) / (K - 1)]", "[T // K]",
@@ -168,7 +169,7 @@ BUGS = {
         "name `variance`; one read for the other."),
     "beta_of_one_step": Bug("diffusion.q_posterior", "alpha = ab_t / ab_s",
         "alpha = ab_t / alphabar[torch.as_tensor(t) - 1]", "Bayes' rule gives another mean",
-        "diffusers #3006 (fixed): where timesteps are skipped, beta_t is that of one step, not "
+        "diffusers PR 3006 (fixed): where timesteps are skipped, beta_t is that of one step, not "
         "of the gap. open-dalle-2, too."),
     "variance_times_noise": Bug("diffusion.p_sample", "mean + var.sqrt() * noise",
         "mean + var * noise", "a variance for a std", "mbn312/dalle2: the posterior variance "

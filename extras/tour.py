@@ -18,7 +18,7 @@ import unclip
 
 REPOSITORY = "https://github.com/OWNER/unclip"          # where a lecturer's fork is
 
-START = f'''# where the chapters are missing (in the cloud), clones and installs them; else nothing
+START = f'''# in the cloud, with OWNER replaced: clones the chapters, installs their packages
 import subprocess
 import sys
 from pathlib import Path
@@ -144,7 +144,7 @@ show(f"{caption}, 16 px", torch.stack(rows, dim=1).flatten(0, 1),
 ("unclip.UnCLIP.text_diff", """\
 All parts together invert CLIP: an image becomes its embedding and the noise that draws it again.
 Turn the embedding in the direction from one caption to another, keep the noise, and the image is
-edited. Left is the image itself.""", '''\
+edited. Left is the image, decoded again without an edit.""", '''\
 source, target, strength = "a large red circle", "a large blue circle", 0.5
 edits = model.text_diff(draw(source, 256), source, target, n=5, strength=strength, steps=50,
                         generator=seed(0))

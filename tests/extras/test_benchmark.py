@@ -90,10 +90,16 @@ def test_a_tensor_lives_once_until_it_is_dropped():
 
 def test_what_does_not_fit_is_not_tried(run, monkeypatch):
     monkeypatch.setattr(benchmark, "free_memory", lambda device: 1e-3)
-    row = run("--preset", "paper", "--only", "clip", "--batch", "1", "2")["clip"]
+    row = run("--preset", "paper", "--only", "clip", "--batch", "2", "1")["clip"]
     assert "seconds" not in row and row["batch"] == 1, "two need more than one"
     size = re.search(r"does not fit: it may take ([0-9.]+) GB", row["note"])[1]
     assert size == f"{row['needs GB']:.1f}"
+
+
+def test_what_train_toy_does_not_train_in_is_not_measured(run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("--train", "--dtype", "fp16", "--only", "clip")
+    assert "--train takes --dtype fp32 or bf16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["decoder", "diffusion_prior"])

@@ -190,6 +190,11 @@ def test_a_stub_keeps_signature_and_docstring_and_no_body():
         assert len(node.body) == 1 + bool(ast.get_docstring(ours)), name
 
 
+def test_a_name_given_twice_is_cut_once():
+    for name in ("diffusion.q_posterior", "diffusion.ddim_step"):
+        assert coursework.stubs([name, name]) == coursework.stubs([name]), "the next one is eaten"
+
+
 @pytest.mark.parametrize("week", range(1, 6))
 def test_a_hand_out_holds_no_answer(week, tmp_path):
     """No distinctive line of a missing body stands anywhere in it."""

@@ -443,7 +443,8 @@ def clip_folder(path, weights, settings, *names):
     for name in names:
         save({key: w for key, w in weights.items() if where[key] == name}, path / name)
     if len(names) > 1:
-        index = names[0].replace("-1", "") + ".index.json"
+        name, variant, kind = re.fullmatch(r"(.*)-1(\.fp16)?\.(.*)", names[0]).groups("")
+        index = f"{name}.{kind}.index{variant}.json"                 # as diffusers names it
         (path / index).write_text(json.dumps({"weight_map": where}))
     return path
 
@@ -474,6 +475,7 @@ OWN = {"model_type": "clip", "text_config": {"num_attention_heads": 2},
     *(("transformers", lambda w, c, p, names=names: clip_folder(p, w, c, *names.split()))
       for names in ("model.safetensors", "pytorch_model.bin", "model.fp16.safetensors",
                     "model-1.safetensors model-2.safetensors",
+                    "model-1.fp16.safetensors model-2.fp16.safetensors",
                     "pytorch_model-1.bin pytorch_model-2.bin"))])
 def test_each_kind_of_clip_file_gives_the_numbers_of_the_original(kind, write, tmp_path):
     c, w, given, want, _ = golden_weights.read(f"clip_{kind}.pt")

@@ -33,6 +33,13 @@ def test_the_chapters_quick_tests_notice_the_bug_and_name_it(name):
     assert any(says in message for message in messages), f"{says!r} is in none of {messages}"
 
 
+@pytest.mark.slow
+def test_images_of_a_harmless_change_are_equal(tmp_path, monkeypatch):
+    harmless = museum.Bug("unclip.slerp", "(1 - fraction) * a", "a * (1 - fraction)", "", "")
+    monkeypatch.setitem(museum.BUGS, "harmless", harmless)
+    assert "both rows are equal" in museum.images("harmless", tmp_path / "x.png")
+
+
 def test_the_command_lists_them_and_shows_one(capsys):
     museum.main([])
     assert all(name in capsys.readouterr().out for name in ["variance_times_noise"])
