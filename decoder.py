@@ -177,7 +177,7 @@ class Decoder(nn.Module):
         return x.clamp(-1, 1)
 
     def ddim_timesteps(self, steps):
-        """1 to 0.997 T (250: ADM's 1, 5, ..., 997): at T eps hardly gives x0; no clamp here."""
+        """1 to 0.997 T (250: ADM's 1, 5, ..., 997): at T eps hardly gives x0, if unclamped."""
         return diffusion.spaced_timesteps(self.config.T - max(1, 3 * self.config.T // 1000), steps)
 
 
@@ -418,7 +418,7 @@ class NoAttention(nn.Module):
 
 
 def zero(layer):
-    """A layer that starts at zero: its residual branch adds nothing yet, the U-Net predicts 0."""
+    """A layer that starts at zero: its residual branch adds nothing, or the U-Net predicts 0."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer

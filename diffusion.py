@@ -33,8 +33,8 @@ def loss(network, alphabar, x0, predicts="eps", t=None):
 
     network(x_t, t), t (B,) on x0's device, returns a prediction of x0's shape (cast to its dtype).
     With twice the channels the second half, `raw`, gives a variance; then the loss is L_simple +
-    0.001 L_vlb (IDDPM eq. 16), at one t L_simple + T / 1000 vlb_loss(.., detached x0_hat, ..). An
-    eps of 0 costs 1. t: timesteps (B,) on the CPU; by default each of 1..T is equally likely.
+    0.001 L_vlb (IDDPM eq. 16), at one t L_simple + T / 1000 vlb_loss(.., detached x0_hat, ..).
+    Predicting eps = 0 costs 1. t: timesteps (B,) on the CPU; by default each of 1..T is as likely.
     """
     T = len(alphabar) - 1
     t = torch.randint(1, T + 1, (len(x0),)) if t is None else t

@@ -155,7 +155,7 @@ class DiffusionPrior(nn.Module):
         x0, timesteps = self.scale(z_i), diffusion.spaced_timesteps(self.config.T, steps)
         cov = diffusion.measure_cov(self.denoiser(text), self.alphabar, x0, timesteps, generator,
                                     self.config.predicts)
-        self.cov.copy_(cov.clamp(0, x0.pow(2).mean().item()))      # at most x0_hat = 0's error
+        self.cov.copy_(cov.clamp(0, x0.pow(2).mean().item()))      # at most that of x0_hat = 0
 
 
 # ---------------------------------------------------------------- autoregressive prior

@@ -367,7 +367,7 @@ def edit(scene, rng):
 
 class World:
     """Scenes of the toy world in groups of four: the first fifth has one object; the first two
-    thirds use only "left of" and "above", "right of" and "below" seen from the other side."""
+    thirds use only "left of" and "above", which are "right of" and "below" seen the other way."""
     group, one_object, two_relations = 4, 0.2, 0.65
 
     def __init__(self, groups, seed=0):
@@ -520,7 +520,7 @@ class Settings:
     vocab: str | None = option(None, "a tokenizer to use, not to learn from the captions: OpenAI's "
                                "merges file, or a folder with vocab.json and merges.txt",
                                type=unclip.named)
-    save_seconds: float = option(20.0, "between saves; times d, if a save takes d > 1 seconds",
+    save_seconds: float = option(20.0, "seconds between saves; times d, if one takes d > 1",
                                  type=unclip.number(0.0, 1e6))
     device: str = option("cpu", "cpu, cuda, mps")
     dtype: str = option("fp32", "of matrix products; the weights are float32",
@@ -882,7 +882,7 @@ SIZES = {"small": (0.126, 0.148), "large": (0.182, 0.222)}            # range of
 MIRROR = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT = {("red", "triangle"), ("yellow", "cross"), ("green", "circle"), ("purple", "square")}
 SHADE, TILT, MARGIN, GAP = 0.08, 8.0, 0.02, 0.08
-DIAGONAL = 0.6         # how far centres may differ across the relation's axis, times along it
+DIAGONAL = 0.6         # largest ratio of the centres' distances, across to along the relation
 # Times r: a square's half side, a triangle's inner radius, a cross's half length and half width
 SQUARE, TRIANGLE, CROSS, ARM = 0.92, 0.675, 1.15, 0.36
 AREA = math.pi, 4 * SQUARE ** 2, 27 ** 0.5 * TRIANGLE ** 2, 8 * CROSS * ARM - 4 * ARM ** 2  # r ** 2
@@ -946,7 +946,7 @@ def parse(text):
 
 
 def agrees(stated, seen):
-    """Is all that `stated` states right in `seen`? An unstated size is free, not "unclear"."""
+    """Is all that `stated` states right in `seen`? An unstated size may be any but "unclear"."""
     return not mistakes(stated, seen)
 
 

@@ -5,7 +5,7 @@
     python extras/benchmark.py memory --preset paper                GB of every part in each dtype
     python extras/benchmark.py sizes                                the paper's table of parameters
     python extras/benchmark.py compare [--diffusers]                other ways, other libraries
-    python extras/benchmark.py machine --device cuda                its speed, its images, the CPU's
+    python extras/benchmark.py machine --device cuda                its speed, and the CPU's images
     python extras/benchmark.py acceptance --device cuda --out gpu   a GPU's ten minutes: everything
 
 A "share" is FLOP/s as a fraction of what one large matrix product reaches on the same machine.
@@ -259,8 +259,11 @@ class Living(TorchDispatchMode):
 
 
 def flops(step, fast=torch.cuda.is_available()):
-    """FLOPs of the matrix products, convolutions and attention of one call."""
-    with nullcontext() if fast else sdpa_kernel(SDPBackend.MATH):     # the CPU's is not counted
+    """FLOPs of the matrix products, convolutions and attention of one call.
+
+    fast: by fast kernels of attention; the CPU's would not be counted.
+    """
+    with nullcontext() if fast else sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
             step()
     return counter.get_total_flops()

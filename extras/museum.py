@@ -85,7 +85,7 @@ def images(name, path):
         wrong = draw()
     unclip.save_grid(torch.cat([right, wrong]), path, len(captions))
     if torch.equal(right, wrong):
-        return f"wrote {path}: both rows are equal: it does its harm elsewhere, such as in training"
+        return f"wrote {path}: both rows are equal; it does its harm elsewhere, such as in training"
     return (f"wrote {path}: ours above, the bug below; pixels differ by "
             f"{(right - wrong).abs().mean():.3f} of 2 on average")
 

@@ -351,6 +351,7 @@ def test_settings_out_of_range_are_refused_from_python_too(wrong):
 
 
 def test_a_runs_settings_reach_every_recipe():
+    assert type(train_toy.Settings(Path("x")).out) is str, "a Path is no plain entry of state.pt"
     plain, settings = train_toy.TOY, train_toy.Settings(steps_scale=0.01, batch=8, sam=0.1)
     assert train_toy.scaled_recipes(train_toy.Settings(), 1) == plain, "no setting, no change"
     for name, recipe in train_toy.scaled_recipes(settings, 2).items():
