@@ -177,15 +177,16 @@ class Recipe:
     sam: float = 0.0              # rho of sharpness-aware minimisation, 0: none
     logit_normal: bool = False    # timesteps; else uniform ones
     uniformity: float = 0.0       # weight of CLIP's uniformity_loss
-    start: bool = False           # initial weights of its own, see toy_start
+    sinusoidal: bool = False      # CLIP's initial positions
+    whitened: bool = False        # the decoder's initial projections of z_i
     crops: int = 4                # of an upsampler's image, a quarter of the side; 0: all of it
 
 
 TOY = {                           # steps, batch, lr, muon, weight_decay, beta2
-    "clip": Recipe(1100, 128, 1e-3, 3e-3, 0.1, 0.98, uniformity=1.0, start=True),
+    "clip": Recipe(1100, 128, 1e-3, 3e-3, 0.1, 0.98, uniformity=1.0, sinusoidal=True),
     "diffusion_prior": Recipe(350, 128, 1e-3, 0.0, 0.06, 0.96, ema=0.99),
     "ar_prior": Recipe(580, 64, 1e-3, 3e-3, 0.04, 0.96, ema=0.99),
-    "decoder": Recipe(2400, 64, 2e-3, 8e-3, ema=0.99, logit_normal=True, start=True),
+    "decoder": Recipe(2400, 64, 2e-3, 8e-3, ema=0.99, logit_normal=True, whitened=True),
     "upsampler1": Recipe(500, 8, 2e-3, 1e-2, ema=0.99, crops=0),
     "upsampler2": Recipe(500, 8, 2e-3, 1e-2, ema=0.99)}
 FLAT = {"warmup": 0, "cosine": False}
@@ -272,32 +273,33 @@ def worst_nearby(weights, rho):
 # ---------------------------------------------------------------- what only the toy needs
 # These pay in a run of minutes, the shorter the more; PAPER does without. On one seed CLIP finds
 # the caption of an unseen image among the four of `swaps` in 99.5 % of 400; without hard negatives
-# in 66.3, without the curriculum in 97.0, without Muon in 96.3. A decoder of 700 steps draws 70 %
-# of 300 unseen captions of two objects right; without Muon 17, predicting eps, not v
-# (unclip.PRESETS), 24. Fully trained: "What a training trick buys" in extras/README.md.
+# in 66.3, without the curriculum in 97.0, without Muon in 96.3. What each buys in the end is in
+# extras/README.md, "What a training trick buys".
 
 
-def toy_start(name, part, data):
-    """Initial weights: of CLIP's positions, and of the decoder's projections of z_i."""
-    if name == "clip":
-        # sinusoidal positions, so that neighbours are alike; without: CLIP 96.8
-        n, W = part.config.image_size // part.config.patch, part.config.image_width
-        row, column = torch.arange(n * n) // n, torch.arange(n * n) % n
-        part.image.pos.data[1:] = 0.3 * torch.cat([clip.sinusoid(row, W // 2),
-                                                   clip.sinusoid(column, W // 2)], dim=1)
-        part.text.pos.data = 0.1 * clip.sinusoid(torch.arange(part.config.context),
-                                                 part.config.text_width)
-        nn.init.normal_(part.text.tok.weight, std=0.1)
+def sinusoidal_start(part):
+    """CLIP's initial positions, so that neighbours are alike; without: CLIP 96.8."""
+    n, W = part.config.image_size // part.config.patch, part.config.image_width
+    row, column = torch.arange(n * n) // n, torch.arange(n * n) % n
+    part.image.pos.data[1:] = 0.3 * torch.cat([clip.sinusoid(row, W // 2),
+                                               clip.sinusoid(column, W // 2)], dim=1)
+    part.text.pos.data = 0.1 * clip.sinusoid(torch.arange(part.config.context),
+                                             part.config.text_width)
+    nn.init.normal_(part.text.tok.weight, std=0.1)
 
-    if name == "decoder":
-        # whitened projections of z_i, with a ridge of 2 %; without: decoder 23
-        z_i = data.z_i.cpu()
-        power, basis = torch.linalg.eigh(z_i.T.cov())
-        gain = power.clamp(min=0).sqrt() / (power + 0.02 * power[-1] + 1e-12)
-        white = basis * gain @ basis.T / len(basis) ** 0.5
-        for layer in (part.image_emb, part.image_tokens):
-            layer.weight.data = torch.randn_like(layer.weight) @ white
-            layer.bias.data = -layer.weight.data @ z_i.mean(0)
+
+def whitened_start(part, z_i):
+    """The decoder's initial projections of z_i, by which all directions of the data count alike.
+
+    z_i (N, D). Along principal axis k of variance p_k the gain is sqrt(p_k) / (p_k + ridge), the
+    ridge 2 % of the largest, so that directions of noise alone stay small.
+    """
+    power, basis = torch.linalg.eigh(z_i.T.cov())
+    gain = power.clamp(min=0).sqrt() / (power + 0.02 * power[-1] + 1e-12)
+    white = basis * gain @ basis.T / len(basis) ** 0.5
+    for layer in (part.image_emb, part.image_tokens):
+        layer.weight.data = torch.randn_like(layer.weight) @ white
+        layer.bias.data = -layer.weight.data @ z_i.mean(0)
 
 
 def uniformity_loss(z_i, z_t, ids, scale=80.0):
@@ -308,8 +310,7 @@ def uniformity_loss(z_i, z_t, ids, scale=80.0):
 
 def logit_normal(T, B):
     """Logit-normal timesteps (B,) in 1..T: mostly the middle, where shapes and colours are decided;
-    one from each of B parts that are equally likely (SD3, Esser et al. 2024 sec. 3.1). Without:
-    decoder 24."""
+    one from each of B parts that are equally likely (SD3, Esser et al. 2024 sec. 3.1)."""
     u = (torch.arange(B) + torch.rand(B)) / B
     t = T * torch.sigmoid(0.9 * torch.special.ndtri(u) - 0.1)
     return 1 + t.long().clamp(max=T - 1)
@@ -669,8 +670,10 @@ def fresh_part(name, recipe, data, config, seed):
         own.buckets = min(own.buckets, len(data))
 
     part = unclip.PARTS[name](own)
-    if recipe.start:
-        toy_start(name, part, data)
+    if recipe.sinusoidal:
+        sinusoidal_start(part)
+    if recipe.whitened:
+        whitened_start(part, data.z_i.cpu())
     part = part.to(data.device).eval()
     if name == "ar_prior":
         part.fit_codes(data.z_i, data.z_t)

@@ -13,7 +13,6 @@ and the standard deviation over seeds; each seed has other scenes and other nois
     B scenes   n images of each   h side of a small image   D width of an embedding
 """
 import argparse
-import ast
 import contextlib
 import copy
 import functools
@@ -712,24 +711,23 @@ class Trick:
     recipe: dict = field(default_factory=dict)    # changes of these parts' recipes
     predicts: str = ""                            # what these parts predict
     changes: dict = field(default_factory=dict)   # {"module.function": another one}
-    code: str = ""                                # its functions; "function:word": an if with it
+    code: str = ""                                # its functions
     condition: str = "diffusion prior"
 
 
 ALL, NETS = ("clip", "diffusion_prior", "decoder"), ("decoder", "upsampler1", "upsampler2")
-START, LOSS = train_toy.toy_start, decoder.Decoder.loss
+LOSS = decoder.Decoder.loss
 TRICKS = {
     "muon": Trick((*ALL, "upsampler1", "upsampler2"), {"muon": 0.0}, code="Muon orthogonal"),
     "uniformity": Trick(ALL, {"uniformity": 0.0}, code="uniformity_loss"),
-    "sinusoidal_start": Trick(ALL, code="toy_start:'clip'", changes={
-        "train_toy.toy_start": lambda name, *data: None if name == "clip" else START(name, *data)}),
+    "sinusoidal_start": Trick(ALL, {"sinusoidal": False}, code="sinusoidal_start"),
     "curriculum": Trick(ALL, code="World.curriculum", changes={
         "train_toy.World.curriculum": lambda self, progress: 1.0,
         "train_toy.World.two_relations": 0.0}),
     "hard_negatives": Trick(ALL, code="hard_negatives edit", changes={
         "train_toy.hard_negatives": lambda rng, two: [
             train_toy.random_scene(rng, two=two, split_of="train") for _ in range(4)]}),
-    "whitened_start": Trick(("decoder",), {"start": False}, code="toy_start:'decoder'"),
+    "whitened_start": Trick(("decoder",), {"whitened": False}, code="whitened_start"),
     "v_prediction": Trick(("decoder",), predicts="eps"),
     "logit_normal": Trick(("decoder",), {"logit_normal": False}, code="logit_normal"),
     # no trick: a decoder trained on captions alone, whose checkpoint can be the --baseline
@@ -768,14 +766,9 @@ def train_without(name, seed, args):
 
 
 def lines_of(code):
-    """How many lines a trick's functions and ifs have in train_toy.py."""
-    lines = 0
-    for name, _, word in (name.partition(":") for name in code.split()):
-        function = functools.reduce(getattr, name.split("."), train_toy)
-        node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-        found = [x for x in ast.walk(node) if isinstance(x, ast.If) and word in ast.unparse(x.test)]
-        lines += sum(x.end_lineno - x.lineno + 1 for x in (found if word else [node]))
-    return lines
+    """How many lines a trick's functions have in train_toy.py."""
+    functions = [functools.reduce(getattr, name.split("."), train_toy) for name in code.split()]
+    return sum(len(inspect.getsource(function).splitlines()) for function in functions)
 
 
 def ablate(args):

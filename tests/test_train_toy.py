@@ -448,7 +448,7 @@ def test_the_papers_recipes_are_those_of_its_table_3(name):
     r = train_toy.PAPER[name]
     assert (r.batch, r.steps, r.lr, r.weight_decay, r.beta2, r.eps, r.ema) == TABLE_3[name]
     plain = train_toy.Recipe(r.steps, r.batch, r.lr)
-    for toys in ("muon", "logit_normal", "uniformity", "start", "sam"):
+    for toys in ("muon", "logit_normal", "uniformity", "sinusoidal", "whitened", "sam"):
         assert getattr(r, toys) == getattr(plain, toys), f"{toys} is not in the paper"
     assert (r.cosine, r.warmup) == ((True, 2000) if name == "clip" else (False, 0))
 

@@ -125,7 +125,7 @@ def test_the_toy_trains_by_the_command_and_resumes(tmp_path):
 
 def test_a_part_goes_on_where_it_was_stopped(tmp_path):
     """Six steps, and the last three of them again, from what was saved after the third."""
-    recipe, ends = replace(train_toy.TOY["decoder"], steps=6, batch=4, start=False), []
+    recipe, ends = replace(train_toy.TOY["decoder"], steps=6, batch=4, whitened=False), []
     state = None
     for start in (0, 3):
         torch.manual_seed(0)
