@@ -278,7 +278,7 @@ def worst_nearby(weights, rho):
 
 
 def sinusoidal_start(part):
-    """CLIP's initial positions, so that neighbours are alike; without: CLIP 96.8."""
+    """CLIP's initial positions, by which neighbours are alike, and tokens; without: CLIP 96.8."""
     n, W = part.config.image_size // part.config.patch, part.config.image_width
     row, column = torch.arange(n * n) // n, torch.arange(n * n) % n
     part.image.pos.data[1:] = 0.3 * torch.cat([clip.sinusoid(row, W // 2),

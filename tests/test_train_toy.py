@@ -320,6 +320,17 @@ def test_the_decoders_projections_of_z_i_start_white(world):
     assert part.image_tokens(data.z_i).isfinite().all(), "images may all be alike"
 
 
+def test_all_directions_of_z_i_but_noise_count_alike_after_a_whitened_start():
+    """Along an axis of variance p the projections vary by p / (p + ridge), the ridge 0.02."""
+    torch.manual_seed(0)
+    part = SimpleNamespace(image_emb=nn.Linear(3, 9000), image_tokens=nn.Linear(3, 9000))
+    x = torch.randn(3000, 3)
+    z = torch.linalg.qr(x - x.mean(0))[0] * (2999 * torch.tensor([1.0, 0.09, 1e-6])).sqrt()
+    train_toy.whitened_start(part, z)
+    size = part.image_emb.weight.norm(dim=0) * z.std(0) / (9000 / 3) ** 0.5
+    assert torch.allclose(size, torch.tensor([1 / 1.02, 0.09 / 0.11, 0.0]), atol=0.03)
+
+
 def test_clip_starts_from_sinusoidal_positions_of_rows_and_columns(world):
     part = train_toy.fresh_part("clip", train_toy.TOY["clip"], world[1], world[0], 0)
     pos, words = part.image.pos.data[1:] / 0.3, part.text.pos.data / 0.1
