@@ -1,4 +1,4 @@
-"""Train the whole stack on a toy world, on a CPU, in 12 minutes.
+"""Train the whole stack on a toy world, on a CPU, in minutes.
 
     python train_toy.py                                    everything, into runs/toy
     python train_toy.py --resume                           go on where that run stopped
@@ -312,7 +312,7 @@ def logit_normal(T, B):
     """Logit-normal timesteps (B,) in 1..T: mostly the middle, where shapes and colours are decided;
     one from each of B parts that are equally likely (SD3, Esser et al. 2024 sec. 3.1)."""
     u = (torch.arange(B) + torch.rand(B)) / B
-    t = T * torch.sigmoid(0.9 * torch.special.ndtri(u) - 0.1)
+    t = T * torch.sigmoid(1.2 * torch.special.ndtri(u) - 0.1)
     return 1 + t.long().clamp(max=T - 1)
 
 

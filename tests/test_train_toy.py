@@ -298,7 +298,7 @@ def test_the_toys_decoder_has_logit_normal_timesteps_the_papers_uniform_ones(wor
     t = train_toy.logit_normal(1000, 4000)
     assert 1 <= t.min() and t.max() <= 1000
     x = torch.logit((t - 0.5).double() / 1000)
-    assert abs(x.mean() + 0.1) < 0.01 and abs(x.std() - 0.9) < 0.01, "N(-0.1, 0.9^2)"
+    assert abs(x.mean() + 0.1) < 0.01 and abs(x.std() - 1.2) < 0.01, "N(-0.1, 1.2^2)"
 
     (config, data), given = world, []
     part = SimpleNamespace(config=config.decoder, loss=lambda *x: given.append(x[3]) or x[0])
